@@ -1,0 +1,1 @@
+"""The proof that a bundle matches its PyTorch source."""

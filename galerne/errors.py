@@ -1,0 +1,33 @@
+"""The errors that Galerne raises on purpose, and the exit status each one means.
+
+    GalerneError
+    |- CheckFailed   exit 1   it ran and the answer is no (parity, fit, quality)
+    |- InputError    exit 2   the caller can mend it (an option, a checkpoint, a bundle, a TOML file)
+    `- BackendError  exit 3   this machine lacks what it takes, or ONNX Runtime or TensorRT failed
+
+Anything else that escapes is a bug of ours: traceback, exit 70.
+"""
+
+
+class GalerneError(Exception):
+    """Base of all of them. The message is one line that says what was found, what was expected and what to do."""
+
+    exit_code = 70
+
+
+class CheckFailed(GalerneError):
+    """A check ran and said no."""
+
+    exit_code = 1
+
+
+class InputError(GalerneError):
+    """Something that the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class BackendError(GalerneError):
+    """This machine lacks what the command needs, or the backend failed."""
+
+    exit_code = 3

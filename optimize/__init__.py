@@ -1,0 +1,1 @@
+"""Graph passes, quantization recipes, lowerings for a target, and engine builders."""

@@ -1,0 +1,1 @@
+"""Engine builders, one for each backend."""

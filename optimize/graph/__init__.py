@@ -1,0 +1,1 @@
+"""Passes that clean the traced graph."""

@@ -1,0 +1,1 @@
+"""Rewrites of the portable graph for one target."""

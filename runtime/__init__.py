@@ -1,0 +1,1 @@
+"""Reads bundles and runs them. Imports no torch, onnx, transformers or polygraphy."""

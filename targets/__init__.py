@@ -1,0 +1,1 @@
+"""The hardware and software stacks that exist, one TOML file each."""
