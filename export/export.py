@@ -1,0 +1,131 @@
+"""The way from a checkpoint to a bundle."""
+
+import importlib.metadata
+import math
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+import galerne
+from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.decoder import Decoder, rotary_frequencies
+from galerne.export.families.registry import read_spec
+from galerne.export.spec import DecoderSpec
+from galerne.export.trace import trace
+from galerne.export.weights import write_weights
+from galerne.files import staged_folder
+from galerne.optimize.graph.clean import clean
+from galerne.optimize.graph.names import name as name_graph
+from galerne.optimize.graph.weights import fold_weights
+from galerne.optimize.quantize.recipe import Recipe
+from galerne.progress import Task, step
+from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
+from galerne.runtime.manifest import SCHEMA_VERSION, GraphFacts, Manifest, ModelFacts, Source
+
+DEFAULT_CHUNK = 256
+_OPSET = 24
+_TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
+_FREQUENCIES = "model.rotary_frequencies"
+
+
+def export(
+    checkpoint: Checkpoint, recipe: Recipe, out: Path, *, chunk: int = DEFAULT_CHUNK, max_context: int | None = None
+) -> Bundle:
+    """Write a bundle: trace on the meta device, then stream the weights.
+
+    Args:
+        checkpoint: the source.
+        recipe: how to store the weights.
+        out: the bundle's folder, which must not exist. It appears whole or not at all.
+        chunk: the most new tokens of one run of the graph.
+        max_context: the longest sequence in tokens. Without a window it sizes the ring and defaults to what the model was
+            made for; with one the default is no limit.
+    Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
+    """
+    spec = read_spec(checkpoint.config, _config_name(checkpoint))
+    _check_tensors(spec, checkpoint)
+    facts = graph_facts(spec, recipe, chunk, max_context)
+    with staged_folder(out) as folder:
+        with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
+            model = trace(spec, getattr(torch, recipe.compute))
+            clean(model)
+            weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.lm_head.bits is None)
+            name_graph(model)
+        stored = [weight for weight in weights if weight.name != _FREQUENCIES]
+        frequencies = ir.tensor(rotary_frequencies(spec).numpy(), name=_FREQUENCIES)
+        model.graph.initializers[_FREQUENCIES].const_value = frequencies
+        with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
+            write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
+        ir.save(model, folder / GRAPH)
+        for file, data in sorted(checkpoint.tokenizer_files().items()):
+            (folder / file).write_bytes(data)
+        with step("hash source and bundle"):
+            manifest = Manifest(
+                schema_version=SCHEMA_VERSION,
+                galerne_version=galerne.__version__,
+                source=Source(checkpoint.format, {path.name: entry_of(path) for path in checkpoint.files()}),
+                model=_model_facts(spec),
+                graph=facts,
+                recipe=recipe.resolved(),
+                tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+                files={path.name: entry_of(path) for path in sorted(folder.iterdir())},
+            )
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+    return Bundle.open(out)
+
+
+def graph_facts(spec: DecoderSpec, recipe: Recipe, chunk: int, max_context: int | None) -> GraphFacts:
+    """Return the contract's sizes for a model.
+
+    Raises: InputError if `chunk` or `max_context` is not at least 1.
+    """
+    for option, size in (("chunk", chunk), ("max-context", max_context)):
+        if size is not None and size < 1:
+            raise InputError(f"--{option}: expected at least 1, found {size}")
+    if spec.sliding_window is None:
+        max_context = max_context or spec.max_position_embeddings
+        chunk = min(chunk, max_context)
+        capacity = max_context
+    else:
+        chunk = min(chunk, max_context or chunk)
+        capacity = min(spec.sliding_window + chunk, max_context or spec.sliding_window + chunk)
+    return GraphFacts("opset24", _OPSET, recipe.compute, chunk, capacity, max_context)
+
+
+def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
+    """Hold the checkpoint's tensors against the module's parameters, before anything is written."""
+    with torch.device("meta"):
+        wanted = {name: tuple(parameter.shape) for name, parameter in Decoder(spec).named_parameters()}
+    found = checkpoint.shapes()
+    for name, shape in wanted.items():
+        if name not in found:
+            raise InputError(f"{checkpoint.path}: tensor {name}: missing; expected shape {list(shape)}")
+        if tuple(found[name]) != shape:
+            raise InputError(
+                f"{checkpoint.path}: tensor {name}: shape {list(found[name])}; expected {list(shape)} from config.json"
+            )
+
+
+def _model_facts(spec: DecoderSpec) -> ModelFacts:
+    return ModelFacts(
+        architecture=spec.architecture,
+        num_hidden_layers=spec.num_hidden_layers,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        sliding_window=spec.sliding_window,
+        rope_theta=spec.rope_theta,
+        max_position_embeddings=spec.max_position_embeddings,
+        tie_word_embeddings=spec.tie_word_embeddings,
+        bos_token_id=spec.bos_token_id,
+        eos_token_ids=spec.eos_token_ids,
+    )
+
+
+def _config_name(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path / "config.json" if checkpoint.format == "safetensors" else checkpoint.path)

@@ -1,0 +1,18 @@
+"""Mistral 7B v0.1 to v0.3 and Mistral-Nemo. Source: transformers 5.24, models/mistral/modeling_mistral.py.
+
+v0.1 has a window of 4096; v0.2 and later say `"sliding_window": null`, and then every key is seen.
+"""
+
+from galerne.export.spec import ConfigReader, DecoderSpec, base_spec
+
+ARCHITECTURE = "MistralForCausalLM"
+
+
+def spec(config: ConfigReader) -> DecoderSpec:
+    """Map a Mistral config to the decoder's spec."""
+    return base_spec(
+        config,
+        ARCHITECTURE,
+        sliding_window=config.nullable_integer("sliding_window"),
+        num_key_value_heads=config.integer("num_key_value_heads"),
+    )

@@ -1,0 +1,105 @@
+"""Quantization recipes: which type each weight is stored in. A recipe is one TOML file."""
+
+import dataclasses
+import importlib.resources
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from galerne import schema
+from galerne.errors import InputError
+from galerne.runtime.manifest import FloatType
+
+_FOLDER = importlib.resources.files("galerne.optimize.recipes")
+# What `--precision` stands for: the plain recipe of each type.
+PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8", "int4": "int4-rtn"}
+# A block that does not divide the input axis gives way to the next smaller one.
+_BLOCK_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a product's weight is stored.
+
+    block_size: int4 only: how many weights along the input axis share a scale. int8 has one scale for an output channel.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"]
+    block_size: Literal[128, 64, 32] | None = None
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized weight; None for a float."""
+        return {"int8": 8, "int4": 4}.get(self.dtype)
+
+    def block_for(self, in_features: int, name: str) -> int:
+        """Return how many weights along the input axis share a scale.
+
+        Raises: InputError if no block size divides the axis.
+        """
+        if self.block_size is None:
+            return in_features
+        for size in _BLOCK_SIZES:
+            if size <= self.block_size and in_features % size == 0:
+                return size
+        raise InputError(
+            f"{name}: its input axis of {in_features} is divided by none of the int4 blocks "
+            f"{', '.join(map(str, _BLOCK_SIZES))}; use --precision int8"
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its TOML file reads.
+
+    compute: the type of activations, of the ring and of the embedding table.
+    lm_head: the format of the vocabulary projection, which is more sensitive than the rest.
+    """
+
+    description: str
+    compute: FloatType
+    weights: WeightFormat
+    lm_head: WeightFormat
+
+    def format_for(self, weight: str) -> WeightFormat:
+        """Return the format of a linear weight by its name in the graph."""
+        return self.lm_head if weight.startswith("lm_head.") else self.weights
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as its TOML file reads, for the manifest."""
+        return dataclasses.asdict(self)
+
+
+def names() -> list[str]:
+    """Return the names of the recipes that ship."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _FOLDER.iterdir() if entry.name.endswith(".toml"))
+
+
+def load(name: str) -> Recipe:
+    """Load a recipe by its name or by the path of a TOML file.
+
+    Raises: InputError if there is none of that name, or a key is missing, unknown or of the wrong type.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"{name}: no such recipe file")
+        data = path.read_bytes()
+    elif name in names():
+        data = (_FOLDER / f"{name}.toml").read_bytes()
+    else:
+        raise InputError(f"recipe {name!r}: unknown; there are {', '.join(names())}, or the path of a .toml file")
+    try:
+        tree = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise InputError(f"{name}: not TOML ({exc})") from exc
+    recipe = schema.read(Recipe, tree, name)
+    for key, form in (("weights", recipe.weights), ("lm_head", recipe.lm_head)):
+        if (form.dtype == "int4") != (form.block_size is not None):
+            raise InputError(f"{name}: {key}: block_size goes with dtype int4, and int4 needs one; found {form}")
+        if form.bits is None and form.dtype != recipe.compute:
+            raise InputError(f"{name}: {key}: dtype: expected {recipe.compute} as in compute, int8 or int4; found {form.dtype}")
+        if form.bits is not None and recipe.compute != "float16":
+            raise InputError(f"{name}: compute: expected float16 with quantized weights, found {recipe.compute}")
+    return recipe
