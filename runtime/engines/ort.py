@@ -1,0 +1,138 @@
+"""ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from galerne.errors import BackendError
+from galerne.runtime.engines.engine import Cache, Float32, Int64
+from galerne.runtime.manifest import ModelFacts
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# How exactly MatMulNBits multiplies: 4 rounds the activations to int8, block by block; 1 keeps them float32.
+_FAST, _EXACT = "4", "1"
+
+
+def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
+    """Return the options that a graph runs with, and that the `cpu` engine is made with."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # shapes change as the ring grows; a pattern for each would only pile up
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _EXACT if exact else _FAST)
+    return options
+
+
+class OrtCache:
+    """Rings in this process's memory."""
+
+    def __init__(self, names: list[str], shape: tuple[int, int, int, int], dtype: npt.DTypeLike) -> None:
+        self._names = names
+        # Zeros and not empty memory: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
+        self._arrays = [np.zeros(shape, dtype) for _ in names]
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
+        self.bindings: dict[tuple[int, int], _Binding] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Slots C of each row."""
+        return self._arrays[0].shape[2]
+
+    @property
+    def batch(self) -> int:
+        """Rows B."""
+        return self._arrays[0].shape[0]
+
+    def resize(self, capacity: int) -> None:
+        """Move the rings into larger ones; slot for slot, the new slots are empty."""
+        used = self.capacity
+        for i, old in enumerate(self._arrays):
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, :used] = old
+            self._arrays[i] = new
+        self._wrap()
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Return the rings, keys and values by turns."""
+        return self._arrays
+
+
+class _Binding:
+    """One shape of run, bound once: its inputs are written in place, so that a step costs no binding."""
+
+    def __init__(self, session: ort.InferenceSession, cache: OrtCache, names: list[str], tokens: int, logits: int, vocab: int):
+        batch = cache.batch
+        self.ids = np.zeros((batch, tokens), np.int64)
+        self.positions = np.zeros((batch, tokens), np.int64)
+        self.write_indices = np.zeros(batch, np.int64)
+        self.logit_indices = np.zeros((batch, logits), np.int64)
+        self.logits = np.zeros((batch, logits, vocab), np.float32)
+        self.io = session.io_binding()
+        inputs = {
+            "input_ids": self.ids,
+            "position_ids": self.positions,
+            "write_indices": self.write_indices,
+            "logit_indices": self.logit_indices,
+        }
+        for name, array in inputs.items():
+            self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
+        for name, ring in zip(names, cache.values, strict=True):
+            self.io.bind_ortvalue_input(f"past_key_values.{name}", ring)
+            self.io.bind_ortvalue_output(f"present.{name}", ring)
+
+
+class OrtEngine:
+    """A graph in ONNX Runtime's CPU provider: the portable one, or the `cpu` engine."""
+
+    def __init__(self, graph: Path, model: ModelFacts, *, name: str, options: ort.SessionOptions) -> None:
+        self.name = name
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # onnxruntime's errors share no base class of their own
+            raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
+        self._model = model
+        self._names = [f"{i}.{kind}" for i in range(model.num_hidden_layers) for kind in ("key", "value")]
+        types = {value.name: value.type for value in self._session.get_inputs()}
+        kind = types["past_key_values.0.key"]
+        if kind not in _TYPES:
+            raise BackendError(
+                f"{graph}: ONNX Runtime's CPU provider does not compute in {kind}; build the cpu engine with "
+                "`galerne build BUNDLE --target cpu`"
+            )
+        self._dtype = _TYPES[kind]
+
+    def new_cache(self, batch: int, capacity: int) -> OrtCache:
+        """Allocate rings for `batch` rows of `capacity` slots."""
+        shape = (batch, self._model.num_key_value_heads, capacity, self._model.head_dim)
+        return OrtCache(self._names, shape, self._dtype)
+
+    def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
+        """As `Engine.run` says."""
+        assert isinstance(cache, OrtCache)
+        shape = (ids.shape[1], logit_indices.shape[1])
+        binding = cache.bindings.get(shape)
+        if binding is None:
+            if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
+                cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
+            binding = _Binding(self._session, cache, self._names, *shape, self._model.vocab_size)
+            cache.bindings[shape] = binding
+        binding.ids[:], binding.positions[:] = ids, positions
+        binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as exc:
+            raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}") from exc
+        return binding.logits
+
+
+def one_line(exc: BaseException) -> str:
+    """Return an error's text on one line."""
+    return " ".join(str(exc).split())

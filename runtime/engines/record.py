@@ -1,0 +1,135 @@
+"""What `engines/NAME/engine.json` holds: how an engine was built, and from which bytes."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from galerne import schema
+from galerne.errors import InputError
+from galerne.runtime.bundle import ENGINES, GRAPH, MANIFEST, Bundle
+
+SCHEMA_VERSION = 1
+RECORD = "engine.json"
+
+Parity = Literal["passed", "failed", "none"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes that one profile of an engine takes: [min, opt, max] of the batch B and of the new tokens S."""
+
+    name: str
+    batch: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The whole of `engine.json`.
+
+    target: the name it was built for, which is also the engine's name in the bundle.
+    backend_version: of the builder; an engine is only sure to load in the same one.
+    file: the engine's main file, in the record's own folder.
+    compute_capability: such as "8.9"; null for a CPU engine.
+    cpu_features: sorted CPU flags that the engine counts on; null for a GPU engine.
+    profiles: empty where every shape of the contract is taken.
+    inputs: hex SHA-256 of each file of the bundle that it was built from, by its path in the bundle.
+    options: what the builder was told.
+    parity: the bundle's "portable" verdict when the engine was built.
+    """
+
+    schema_version: int
+    target: str
+    backend: str
+    backend_version: str
+    file: str
+    compute_capability: str | None
+    cpu_features: tuple[str, ...] | None
+    profiles: tuple[Profile, ...]
+    inputs: dict[str, str]
+    parity: Parity
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Return the record as UTF-8 JSON; the same record gives the same bytes."""
+        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def parse(data: bytes, where: str) -> EngineRecord:
+    """Read a record.
+
+    Raises: InputError if it is no JSON, of another schema version, or a field is missing, unknown or of the wrong form.
+    """
+    try:
+        tree = json.loads(data)
+    except ValueError as exc:
+        raise InputError(f"{where}: not JSON ({exc}); build the engine again with --force") from exc
+    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{where}: schema_version: expected {SCHEMA_VERSION}, found {version!r}; build the engine again with this "
+            "version of Galerne and --force"
+        )
+    record = schema.read(EngineRecord, tree, where)
+    for i, profile in enumerate(record.profiles):
+        for name, sizes in (("batch", profile.batch), ("tokens", profile.tokens)):
+            if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+                raise InputError(
+                    f"{where}: profiles[{i}]: {name}: expected [min, opt, max], rising from 1 or more, "
+                    f"found {list(sizes)}"
+                )
+    return record
+
+
+def inputs_of(bundle: Bundle, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the manifest's hex SHA-256 of the files that an engine is built from.
+
+    Raises: InputError if one is not listed.
+    """
+    for name in names:
+        if name not in bundle.manifest.files:
+            raise InputError(f"{bundle.path / MANIFEST}: files: {name!r} is not listed; export the bundle again")
+    return {name: bundle.manifest.files[name].sha256 for name in names}
+
+
+def parity_of(bundle: Bundle) -> Parity:
+    """Return the bundle's "portable" verdict in the record's words."""
+    verdict = bundle.manifest.parity.get("portable")
+    if verdict is None:
+        return "none"
+    return "passed" if verdict.passed else "failed"
+
+
+def load_record(bundle: Bundle, name: str) -> EngineRecord:
+    """Read the record of one of the bundle's engines and check that it belongs to the bundle as it is now.
+
+    Raises: InputError if there is no such engine, its record is broken, or it was built from other bytes.
+    """
+    built = bundle.engines()
+    if name not in built:
+        there = f"there are: {', '.join(built)}" if built else "it has none"
+        raise InputError(
+            f"{bundle.path}: no engine named {name!r} in it ({there}); "
+            f"build it with `galerne build {bundle.path} --target {name}`"
+        )
+    rebuild = f"rebuild it with `galerne build {bundle.path} --target {name} --force`"
+    folder = f"{ENGINES}/{name}"
+    path = _listed(bundle, f"{folder}/{RECORD}", rebuild)
+    record = parse(path.read_bytes(), str(path))
+    _listed(bundle, f"{folder}/{record.file}", rebuild)
+    if GRAPH not in record.inputs:
+        raise InputError(f"{path}: inputs: expected {GRAPH!r} among them, found {sorted(record.inputs)}; {rebuild}")
+    for file, sha256 in record.inputs.items():
+        entry = bundle.manifest.files.get(file)
+        if entry is None or entry.sha256 != sha256:
+            now = f"{entry.sha256[:12]}…" if entry else "not in it"
+            raise InputError(f"{path}: inputs: built from {file} {sha256[:12]}…, but the bundle's is {now}; {rebuild}")
+    return record
+
+
+def _listed(bundle: Bundle, name: str, rebuild: str) -> Path:
+    if name not in bundle.manifest.files:
+        raise InputError(f"{bundle.path / MANIFEST}: files: {name!r} is not listed; {rebuild}")
+    return bundle.file(name)
