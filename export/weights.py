@@ -44,7 +44,7 @@ class WeightsFile:
         assert value.shape is not None and value.dtype is not None and value.name is not None
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT_BYTES))
         offset = self._file.tell()
-        self._file.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
         shape = ir.Shape([int(size) for size in value.shape])
         value.const_value = ir.ExternalTensor(
             self._name, offset, self._file.tell() - offset, value.dtype, shape=shape, name=value.name, base_dir=self._folder

@@ -58,12 +58,21 @@ def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
         os.chmod(staging, 0o755)
         yield staging
         if replace and destination.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-            os.rename(destination, old / "old")
-            os.rename(staging, destination)
-            shutil.rmtree(old)
+            _swap(staging, destination)
         else:
             os.rename(staging, destination)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _swap(staging: Path, destination: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    os.rename(destination, aside / "old")
+    try:
+        os.rename(staging, destination)
+    except BaseException:
+        os.rename(aside / "old", destination)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)

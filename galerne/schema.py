@@ -1,10 +1,11 @@
 """Reads a mapping (from JSON or TOML) into a frozen dataclass, strictly, with errors that name the field.
 
-One small reader serves the manifest, the target files and the recipes, so that all three refuse an unknown key, a missing
-one or a value of the wrong type in the same words.
+One small reader serves the manifest, the target files and the recipes, so that all three refuse an unknown key, a
+missing one or a value of the wrong type in the same words.
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -47,7 +48,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _any_of(args, value, where)
     if origin is Literal:
-        if value in args:
+        if any(type(value) is type(arg) and value == arg for arg in args):  # 1 and True are equal, yet not the same
             return value
         raise InputError(f"{where}: expected one of {', '.join(map(str, args))}, found {value!r}")
     if origin in (list, tuple) and isinstance(value, list):
@@ -56,11 +57,22 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return read(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _finite(value, where)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise InputError(f"{where}: expected {_name(hint)}, found {value!r}")
+
+
+def _finite(value: float, where: str) -> float:
+    # Against NaN every comparison is false, so a limit that is NaN would let anything pass.
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{where}: expected a finite number, found {number}")
+    return number
 
 
 def _any_of(args: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -29,7 +29,7 @@ _EXPECTED = "has Int64 binding"
 
 
 class Log(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type stubs
-    """Passes warnings and errors to Python's logging and keeps the first error, which names the cause."""
+    """Passes warnings to Python's logging and keeps errors, for the exception that tells them."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -39,10 +39,14 @@ class Log(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type stubs
         """Take one message of TensorRT's."""
         level = logging.DEBUG if _EXPECTED in message else _LEVELS[severity]
         if level >= logging.ERROR:
-            # An error ends up in the exception that the build raises, so that it is not told twice.
+            # It ends up in the exception, so that it is not told twice.
             self.errors.append(one_line(message))
             level = logging.DEBUG
         logger.log(level, "TensorRT-RTX: %s", one_line(message))
+
+
+# TensorRT has one logger a process and ignores another while the first is in use.
+LOG = Log()
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

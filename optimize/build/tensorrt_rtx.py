@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
 from galerne.errors import BackendError, InputError
@@ -77,7 +77,8 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
     if facts.chunk > 1:
         profiles.append(Profile("prefill", (1, 1, 1), (1, facts.chunk, facts.chunk)))
 
-    log = hooks.Log()
+    log = hooks.LOG
+    log.errors.clear()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     # The parser must outlive the build: the network refers to weights that it mapped.
@@ -128,7 +129,7 @@ def inspect_engine(path: Path) -> EngineFile:
     hooks = importlib.import_module("galerne.optimize.build.tensorrt_hooks")
     if not path.is_file():
         raise InputError(f"{path}: no such engine file; build it with `galerne build`")
-    runtime = trt.Runtime(hooks.Log())
+    runtime = trt.Runtime(hooks.LOG)
     with path.open("rb") as file:
         validity, found = runtime.get_engine_validity(file.read(runtime.engine_header_size))
     reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if found & int(flag)]
@@ -148,8 +149,8 @@ def _check_target(model: onnx.ModelProto, bundle: Bundle, target: Target) -> Non
             f"--target {target.name}: its backend is {target.backend}, expected tensorrt_rtx; see `galerne targets`"
         )
     used = {_TYPES[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in _TYPES}
-    # float32 is in every graph, for norms and the rotation, and every GPU has it.
-    for name in sorted(used | {bundle.manifest.graph.compute_type}):
+    # A norm's weights are float32 in every graph, and every GPU takes those; what a MatMul takes is the compute type.
+    for name in sorted(used - {"float32"} | {bundle.manifest.graph.compute_type}):
         if name not in target.types:
             others = [t.name for t in load_all() if t.backend == target.backend and name in t.types]
             precisions = [precision for kind, precision in _PRECISIONS.items() if kind in target.types]

@@ -1,4 +1,4 @@
-"""The portable graph as TensorRT-RTX takes it: a static ring, an additive mask, and float32 attention spelled out.
+"""The portable graph as TensorRT-RTX takes it: a static ring, an additive mask, attention that may be decomposed.
 
 It changes a graph in memory only; what is in `model.onnx` stays as it is.
 """
@@ -28,8 +28,8 @@ def lower(model: onnx.ModelProto, capacity: int, compute_type: str) -> dict[str,
     _fix_ring(model.graph, capacity)
     if _add_mask(model.graph, compute_type):
         done["mask"] = "additive"
-    if compute_type == "float32" and _decompose(model.graph):
-        done["attention"] = "decomposed"
+    if _allow_decomposing(model.graph):
+        done["attention"] = "decomposable"
     return done
 
 
@@ -66,8 +66,11 @@ def _add_mask(graph: onnx.GraphProto, compute_type: str) -> bool:
     return bool(masks)
 
 
-def _decompose(graph: onnx.GraphProto) -> bool:
-    """Let TensorRT build attention from basic kernels where it has no dedicated one, as in float32."""
+def _allow_decomposing(graph: onnx.GraphProto) -> bool:
+    """Let TensorRT build attention from basic kernels where it has no dedicated one: float32, or fewer than four heads.
+
+    Without this such a graph is refused; one that has a dedicated kernel gives an engine of the same size either way.
+    """
     found = [node for node in graph.node if node.op_type == "Attention"]
     for node in found:
         node.attribute.append(helper.make_attribute("TRT_decomposable", 1))

@@ -1,0 +1,62 @@
+"""The `cpu` engine: the graph after ONNX Runtime's own optimization, with its weights packed as its kernels read them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from galerne.errors import BackendError
+from galerne.optimize.lower.group_heads import group_heads
+from galerne.optimize.lower.widen import widen
+from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
+from galerne.runtime.engines.cpu import cpu_features
+from galerne.runtime.engines.ort import one_line, session_options
+from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of, parity_of
+from galerne.targets.target import Target
+
+ENGINE_GRAPH, ENGINE_WEIGHTS = "engine.onnx", "engine.bin"
+# Smaller tensors stay inside the graph file.
+_EXTERNAL_FROM_BYTES = 1024
+
+
+def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
+    """Build the engine into `folder`, which exists and is empty.
+
+    Raises: BackendError if ONNX Runtime cannot optimize the graph.
+    """
+    facts = bundle.manifest.model
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        lowered = Path(scratch) / GRAPH
+        # ONNX Runtime opens external data beside the graph only, and follows no symbolic link out of its folder.
+        os.link(bundle.file(WEIGHTS), lowered.with_name(WEIGHTS))
+        model = ir.load(bundle.file(GRAPH))
+        widen(model)
+        group_heads(model, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
+        ir.save(model, lowered)
+        options = session_options(exact=False, threads=None)
+        options.optimized_model_filepath = str(folder / ENGINE_GRAPH)
+        for key, setting in (
+            ("session.save_external_prepacked_constant_initializers", "1"),
+            ("session.optimized_model_external_initializers_file_name", ENGINE_WEIGHTS),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)),
+        ):
+            options.add_session_config_entry(key, setting)
+        try:
+            ort.InferenceSession(str(lowered), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # onnxruntime's errors share no base class of their own
+            raise BackendError(f"{bundle.path}: ONNX Runtime {ort.__version__} cannot optimize it: {one_line(exc)}") from exc
+    return EngineRecord(
+        schema_version=SCHEMA_VERSION,
+        target=target.name,
+        backend="onnxruntime",
+        backend_version=ort.__version__,
+        file=ENGINE_GRAPH,
+        compute_capability=None,
+        cpu_features=cpu_features(),
+        profiles=(),
+        inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
+        parity=parity_of(bundle),
+        options={"lowerings": ["widen", "group_heads"]},
+    )

@@ -1,0 +1,348 @@
+"""Engines built ahead of time, without a GPU, from small graphs of the contract."""
+
+import dataclasses
+import io
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
+
+from galerne.errors import BackendError, InputError
+from galerne.optimize.build import tensorrt_rtx as builder
+from galerne.optimize.lower.tensorrt import lower
+from galerne.runtime.bundle import Bundle, entry_of
+from galerne.runtime.engines.record import EngineRecord
+from galerne.runtime.manifest import FloatType, GraphFacts, Manifest, ModelFacts, Source
+from galerne.targets.target import load
+
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, WINDOW, CHUNK = 2, 128, 256, 4, 2, 32, 96, 48, 16
+CAPACITY = WINDOW + CHUNK
+ELEMENT = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+rtx = pytest.mark.tensorrt
+
+
+@pytest.fixture(scope="module")
+def trt() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX's Python package is not installed")
+
+
+class Graph:
+    """A decoder of the contract, written by hand, with its weights in weights.bin."""
+
+    def __init__(self, compute: FloatType, weights: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+        self.data = io.BytesIO()
+        self.element, self.weights = ELEMENT[compute], weights
+        self.random = np.random.default_rng(0)
+
+    def op(self, kind: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
+        name = f"/{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, list(outputs) or [name], name=name, **attributes))
+        return str(self.nodes[-1].output[0])
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        name = f"constant_{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.array(value, dtype), name))
+        return name
+
+    def external(self, element: int, shape: list[int], data: bytes) -> str:
+        tensor = TensorProto(name=f"weight_{len(self.tensors)}", data_type=element, data_location=TensorProto.EXTERNAL)
+        tensor.dims.extend(shape)
+        self.data.write(b"\0" * (-self.data.tell() % 4096))
+        place = {"location": "weights.bin", "offset": self.data.tell(), "length": len(data)}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self.data.write(data)
+        self.tensors.append(tensor)
+        return tensor.name
+
+    def floats(self, shape: list[int], element: int) -> str:
+        values = self.random.standard_normal(shape) * 0.05
+        return self.external(element, shape, values.astype(helper.tensor_dtype_to_np_dtype(element)).tobytes())
+
+    def project(self, x: str, rows: int, columns: int) -> str:
+        if self.weights == "int4":
+            q = self.external(TensorProto.INT4, [rows, columns], self.random.bytes(rows * columns // 2))
+            scale = self.floats([rows // 128, columns], self.element)
+            weight = self.op("DequantizeLinear", [q, scale], axis=0, block_size=128)
+        else:
+            weight = self.floats([rows, columns], self.element)
+        return self.op("MatMul", [x, weight])
+
+    def in_float32(self, kind: str, x: str, rest: list[str], **attributes: Any) -> str:
+        wide = self.op("Cast", [x], to=TensorProto.FLOAT)
+        return self.op("Cast", [self.op(kind, [wide, *rest], **attributes)], to=self.element)
+
+    def norm(self, x: str) -> str:
+        return self.in_float32("RMSNormalization", x, [self.constant(np.ones(HIDDEN), np.float32)], axis=-1)
+
+    def mask(self) -> str:
+        slots = self.op("Squeeze", [self.op("Shape", ["past_key_values.0.key"], start=2, end=3)])
+        ring = self.op("Range", [self.constant(0), slots, self.constant(1)])
+        newest = self.op("Gather", ["position_ids", self.constant([-1])], axis=1)
+        age = self.op("Mod", [self.op("Sub", [newest, ring]), slots])
+        held = self.op("Unsqueeze", [self.op("Sub", [newest, age]), self.constant([1])])
+        query = self.op("Unsqueeze", ["position_ids", self.constant([2])])
+        oldest = self.op("Sub", [query, self.constant(WINDOW)])
+        bounds = ("GreaterOrEqual", self.constant(0)), ("LessOrEqual", query), ("Greater", oldest)
+        low, high, inside = (self.op(kind, [held, bound]) for kind, bound in bounds)
+        seen = self.op("And", [self.op("And", [low, high]), inside])
+        return self.op("Unsqueeze", [seen, self.constant([1])])
+
+    def heads(self, x: str, count: int) -> str:
+        return self.op("Transpose", [self.op("Reshape", [x, self.constant([0, 0, count, HEAD])])], perm=[0, 2, 1, 3])
+
+    def layer(self, i: int, x: str, angles: list[str], mask: str) -> str:
+        parts = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
+        fused = self.project(self.norm(x), HIDDEN, sum(parts))
+        names = [f"q{i}", f"k{i}", f"v{i}"]
+        self.op("Split", [fused, self.constant(parts)], *names, axis=-1)
+        q = self.in_float32("RotaryEmbedding", self.heads(names[0], HEADS), angles)
+        k = self.in_float32("RotaryEmbedding", self.heads(names[1], KV_HEADS), angles)
+        kv = {"key": k, "value": self.heads(names[2], KV_HEADS)}
+        for part, new in kv.items():
+            past = f"past_key_values.{i}.{part}"
+            self.op("TensorScatter", [past, new, "write_indices"], f"present.{i}.{part}", axis=2, mode="linear")
+        attended = self.op("Attention", [q, f"present.{i}.key", f"present.{i}.value", mask])
+        merged = self.op("Transpose", [attended], perm=[0, 2, 1, 3])
+        merged = self.op("Reshape", [merged, self.constant([0, 0, HEADS * HEAD])])
+        x = self.op("Add", [x, self.project(merged, HEADS * HEAD, HIDDEN)])
+        gate_up = self.project(self.norm(x), HIDDEN, 2 * FFN)
+        self.op("Split", [gate_up, self.constant([FFN, FFN])], f"gate{i}", f"up{i}", axis=-1)
+        silu = self.op("Mul", [f"gate{i}", self.op("Sigmoid", [f"gate{i}"])])
+        return self.op("Add", [x, self.project(self.op("Mul", [silu, f"up{i}"]), FFN, HIDDEN)])
+
+    def model(self) -> onnx.ModelProto:
+        rows = self.op("Gather", [self.floats([VOCAB, HIDDEN], TensorProto.FLOAT16), "input_ids"])
+        x = self.op("Cast", [rows], to=self.element)
+        rates = self.constant(1e4 ** -(np.arange(0, HEAD, 2)[None, None] / HEAD), np.float32)
+        position = self.op("Cast", [self.op("Unsqueeze", ["position_ids", self.constant([2])])], to=TensorProto.FLOAT)
+        angle = self.op("Mul", [position, rates])
+        angles, mask = [self.op("Cos", [angle]), self.op("Sin", [angle])], self.mask()
+        for i in range(LAYERS):
+            x = self.layer(i, x, angles, mask)
+        wanted = self.op("Unsqueeze", ["logit_indices", self.constant([2])])
+        x = self.op("GatherND", [x, wanted], batch_dims=1)
+        self.op("Cast", [self.project(self.norm(x), HIDDEN, VOCAB)], "logits", to=TensorProto.FLOAT)
+        ids = {"input_ids": ["B", "S"], "position_ids": ["B", "S"], "write_indices": ["B"], "logit_indices": ["B", "K"]}
+        inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in ids.items()]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "K", VOCAB])]
+        for i in range(LAYERS):
+            for part in ("key", "value"):
+                shape: list[str | int | None] = ["B", KV_HEADS, "C", HEAD]
+                inputs.append(helper.make_tensor_value_info(f"past_key_values.{i}.{part}", self.element, shape))
+                outputs.append(helper.make_tensor_value_info(f"present.{i}.{part}", self.element, shape))
+        graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.tensors)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+def make_bundle(folder: Path, compute: FloatType = "float16", weights: str = "float") -> Bundle:
+    graph = Graph(compute, weights)
+    onnx.save(graph.model(), folder / "model.onnx")
+    (folder / "weights.bin").write_bytes(graph.data.getvalue())
+    return list_files(folder, compute)
+
+
+def list_files(folder: Path, compute: FloatType = "float16") -> Bundle:
+    sizes = (LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, WINDOW)
+    model = ModelFacts("MistralForCausalLM", *sizes, 1e4, 512, False, 1, (2,))
+    facts = GraphFacts("opset24", 24, compute, CHUNK, CAPACITY, None)
+    files = {name: entry_of(folder / name) for name in ("model.onnx", "weights.bin")}
+    manifest = Manifest(1, "0", Source("safetensors", {}), model, facts, {}, {}, {}, files)
+    (folder / "manifest.json").write_bytes(manifest.to_json())
+    return Bundle.open(folder)
+
+
+def build(bundle: Bundle, name: str) -> tuple[EngineRecord, Path]:
+    folder = bundle.path / "engine"
+    folder.mkdir(exist_ok=True)
+    return builder.build_tensorrt_rtx(bundle, load(name), folder), folder / builder.ENGINE
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+@pytest.mark.parametrize(
+    ("compute", "weights", "name"),
+    [
+        ("float16", "float", "t4"),
+        ("float16", "float", "rtx-5090"),
+        ("float16", "int4", "l4"),
+        ("bfloat16", "float", "a10"),
+        ("float32", "float", "a100-80gb"),
+    ],
+)
+def test_a_graph_of_the_contract_builds(tmp_path: Path, compute: FloatType, weights: str, name: str) -> None:
+    bundle = make_bundle(tmp_path, compute, weights)
+    before = (tmp_path / "model.onnx").read_bytes()
+    record, engine = build(bundle, name)
+    assert engine.stat().st_size > 100_000
+    assert [(profile.name, profile.tokens) for profile in record.profiles] == [
+        ("decode", (1, 1, 1)),
+        ("prefill", (1, CHUNK, CHUNK)),
+    ]
+    assert record.inputs == {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+    assert record.options == {"capacity": CAPACITY, "mask": "additive", "attention": "decomposable"}
+    assert (record.parity, record.compute_capability) == ("none", load(name).compute_capability)
+    assert (tmp_path / "model.onnx").read_bytes() == before, "the lowering leaked into the portable graph"
+
+
+@pytest.mark.parametrize("start", [0, 5 * CAPACITY])
+def test_the_lowered_graph_computes_what_the_portable_one_does(tmp_path: Path, start: int) -> None:
+    make_bundle(tmp_path, "float32")
+    lowered = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert lower(lowered, CAPACITY, "float32") == {
+        "capacity": CAPACITY,
+        "mask": "additive",
+        "attention": "decomposable",
+    }
+    for node in lowered.graph.node:
+        if node.op_type == "Attention":
+            # The hint is TensorRT's own; ONNX Runtime refuses what the standard does not list.
+            assert node.attribute.pop().name == "TRT_decomposable"
+    (tmp_path / "lowered.onnx").write_bytes(lowered.SerializeToString())
+    random = np.random.default_rng(1)
+    feeds: dict[str, np.ndarray[Any, Any]] = {
+        "input_ids": random.integers(0, VOCAB, (1, CHUNK)),
+        "position_ids": np.arange(start, start + CHUNK)[None],
+        "write_indices": np.array([start % CAPACITY]),
+        "logit_indices": np.array([[0, CHUNK - 1]]),
+    }
+    for i in range(LAYERS):
+        for part in ("key", "value"):
+            ring = random.standard_normal((1, KV_HEADS, CAPACITY, HEAD))
+            feeds[f"past_key_values.{i}.{part}"] = ring.astype(np.float32)
+    before, after = (
+        InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, feeds)
+        for name in ("model.onnx", "lowered.onnx")
+    )
+    assert len(before) == 1 + 2 * LAYERS
+    for expected, found in zip(before, after, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_build_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    bundle = make_bundle(tmp_path)
+    for _ in range(2):
+        build(bundle, "l4")
+    assert capfd.readouterr().out == ""
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(
+    ("compute", "weights", "message"),
+    [
+        ("float16", "int4", r"uses int4, which t4 lacks.*--precision fp16 or int8, or choose among a10, .*rtx-5090"),
+        ("bfloat16", "float", "uses bfloat16, which t4 lacks"),
+        ("float32", "float", "uses float32, which t4 lacks"),
+    ],
+)
+def test_a_type_that_the_target_lacks_is_refused_first(
+    tmp_path: Path, compute: FloatType, weights: str, message: str
+) -> None:
+    bundle = make_bundle(tmp_path, compute, weights)
+    with pytest.raises(InputError, match=message):
+        build(bundle, "t4")
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
+def test_a_target_of_another_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--target cpu: its backend is onnxruntime, expected tensorrt_rtx"):
+        build(make_bundle(tmp_path), "cpu")
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendError, match=r"install galerne\[rtx\]"):
+        build(make_bundle(tmp_path), "l4")
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_capability_that_it_does_not_build_for_is_named(tmp_path: Path) -> None:
+    orin = dataclasses.replace(load("l4"), name="orin", compute_capability="8.7")
+    with pytest.raises(BackendError, match=r"--target orin: .*builds for compute capability 7\.5, 8\.0.*found 8\.7"):
+        builder.build_tensorrt_rtx(make_bundle(tmp_path), orin, tmp_path)
+
+
+def change(bundle: Bundle, kind: str, **attributes: object) -> Bundle:
+    """Give the first node of a kind other attributes."""
+    model = onnx.load(bundle.path / "model.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == kind)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    (bundle.path / "model.onnx").write_bytes(model.SerializeToString())
+    return list_files(bundle.path)
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_node_that_does_not_parse_is_named_in_one_line(tmp_path: Path) -> None:
+    bundle = change(make_bundle(tmp_path), "Attention", softcap=30.0)
+    with pytest.raises(BackendError, match=r"cannot parse /Attention_\d+ \(Attention\): .*--dialect") as caught:
+        build(bundle, "l4")
+    assert "\n" not in str(caught.value)
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_failed_build_gives_the_builders_reason(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    # A ring of fewer slots than a chunk cannot take the chunk.
+    facts = dataclasses.replace(bundle.manifest.graph, capacity=CHUNK // 2)
+    bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graph=facts))
+    with pytest.raises(BackendError, match=r"failed to build for l4: .*Error Code") as caught:
+        build(bundle, "l4")
+    assert "\n" not in str(caught.value)
+    assert "CUDA driver" not in str(caught.value)
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "engine").mkdir()
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "engine" / builder.ENGINE).symlink_to(full)
+    with pytest.raises(BackendError, match="cannot write the engine"):
+        build(bundle, "l4")
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_what_is_no_engine_is_told_from_one(tmp_path: Path) -> None:
+    _, engine = build(make_bundle(tmp_path), "l4")
+    assert builder.inspect_engine(engine).size == engine.stat().st_size
+    engine.write_bytes(b"x" * 1000)
+    with pytest.raises(BackendError, match="does not take this engine"):
+        builder.inspect_engine(engine)
+    with pytest.raises(InputError, match="no such engine file"):
+        builder.inspect_engine(tmp_path / "none.plan")
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_ctrl_c_cancels_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from galerne.optimize.build import tensorrt_hooks as hooks
+
+    def interrupt(self: hooks.Monitor, phase: str, parent: str | None, steps: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    # The signal arrives while TensorRT is at work: at the start of its first phase.
+    monkeypatch.setattr(hooks.Monitor, "phase_start", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    bundle = make_bundle(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, "l4")
+    assert signal.getsignal(signal.SIGINT) is before

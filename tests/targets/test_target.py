@@ -1,0 +1,69 @@
+"""Every target file loads, and a bad one names its field."""
+
+import pytest
+
+from galerne.errors import InputError
+from galerne.targets.target import load, load_all, names, parse
+
+GOOD = """
+name = "box"
+title = "A box"
+kind = "datacenter"
+backend = "tensorrt_rtx"
+compute_capability = "8.9"
+memory_bytes = 24_000_000_000
+bandwidth_bytes_per_s = 300_000_000_000
+types = ["float16", "int8"]
+source = ["its data sheet"]
+"""
+
+
+def test_every_file_loads_under_its_own_name() -> None:
+    assert [target.name for target in load_all()] == names()
+    assert {"cpu", "t4", "a100-80gb", "l4", "rtx-5090"} <= set(names())
+
+
+def test_l4_has_its_data_sheets_figures() -> None:
+    target = load("l4")
+    assert (target.compute_capability, target.memory_bytes, target.bandwidth_bytes_per_s) == (
+        "8.9",
+        24 * 10**9,
+        3 * 10**11,
+    )
+
+
+def test_the_cpu_leaves_what_is_measured_on_the_spot_open() -> None:
+    target = load("cpu")
+    assert (target.compute_capability, target.memory_bytes, target.bandwidth_bytes_per_s) == (None, None, None)
+
+
+def test_an_unknown_name_gets_the_list_and_a_suggestion() -> None:
+    with pytest.raises(InputError, match=r"did you mean 'rtx-4090'\? there are: a10, .*t4"):
+        load("RTX_4090")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"box"', '"crate"', "box.toml: name: expected 'box'"),
+        ("title", "tittle", "unknown key 'tittle'"),
+        ('title = "A box"', "", "missing key 'title'"),
+        ('"A box"', '""', "title: expected something"),
+        ('"datacenter"', '"rack"', "kind: expected one of cpu, datacenter"),
+        ('"tensorrt_rtx"', '"onnxruntime"', "backend: expected onnxruntime on a CPU"),
+        ('"int8"', '"int9"', r"types\[1\]: expected one of float32"),
+        ('"8.9"', '"sm89"', "compute_capability: expected a form like"),
+        ('compute_capability = "8.9"', "", "compute_capability: expected a value"),
+        ("24_000_000_000", "0", "memory_bytes: expected a positive number"),
+        ("24_000_000_000", '"24 GB"', "memory_bytes: expected an integer, found '24 GB'"),
+        ("300_000_000_000", "-1", "bandwidth_bytes_per_s: expected a positive number"),
+        ('"datacenter"', '"cpu"', "compute_capability: expected nothing"),
+        ("title =", "title", "not TOML"),
+    ],
+)
+def test_a_bad_file_names_its_field(old: str, new: str, message: str) -> None:
+    assert parse(GOOD, "box").types == ("float16", "int8")
+    assert old in GOOD
+    with pytest.raises(InputError, match=message) as caught:
+        parse(GOOD.replace(old, new, 1), "box")
+    assert "targets/data/box.toml" in str(caught.value)
