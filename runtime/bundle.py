@@ -51,7 +51,10 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Return the path of a file of the bundle. Raises: InputError if the name leads out of the bundle."""
         parts = PurePosixPath(name)
-        inside = (self.path / parts).resolve().is_relative_to(self.path.resolve())
+        try:
+            inside = (self.path / parts).resolve().is_relative_to(self.path.resolve())
+        except (ValueError, OSError, RuntimeError) as exc:  # a zero byte, too long, links in a circle
+            raise InputError(f"{self.path / MANIFEST}: files: {name!r} is no file name") from exc
         if parts.is_absolute() or ".." in parts.parts or not inside:
             raise InputError(f"{self.path / MANIFEST}: files: {name!r} leads out of the bundle")
         return self.path / parts
@@ -59,7 +62,8 @@ class Bundle:
     def verify_hashes(self, names: Iterable[str] | None = None) -> None:
         """Read the files (all of them by default) and compare each SHA-256. Raises: InputError on the first that differs."""
         for name in self.manifest.files if names is None else names:
-            found, expected = sha256_file(self.file(name)), self.manifest.files[name].sha256
+            expected = self.manifest.files[name].sha256
+            found = sha256_file(self.file(name)) if self.file(name).is_file() else "no such file"
             if found != expected:
                 raise InputError(
                     f"{self.path / name}: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…: the file was changed"

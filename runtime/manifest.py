@@ -108,7 +108,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the manifest as UTF-8 JSON; the same manifest gives the same bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def parse(data: bytes, where: str) -> Manifest:
@@ -118,7 +118,7 @@ def parse(data: bytes, where: str) -> Manifest:
     """
     try:
         tree = json.loads(data)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InputError(f"{where}: not JSON ({exc})") from exc
     version = tree.get("schema_version") if isinstance(tree, dict) else None
     if version != SCHEMA_VERSION:

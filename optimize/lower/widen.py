@@ -34,8 +34,9 @@ def widen(model: ir.Model) -> None:
             if others := readers.difference(gathers):
                 _cast_before(graph, value, others)
     for node in graph:
+        picks_rows = node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].dtype in _NARROW
         for output in node.outputs:
-            if output.dtype in _NARROW:
+            if output.dtype in _NARROW and not picks_rows:
                 output.dtype = _FLOAT
 
 

@@ -101,13 +101,7 @@ class OrtEngine:
         self._model = model
         self._names = [f"{i}.{kind}" for i in range(model.num_hidden_layers) for kind in ("key", "value")]
         types = {value.name: value.type for value in self._session.get_inputs()}
-        kind = types["past_key_values.0.key"]
-        if kind not in _TYPES:
-            raise BackendError(
-                f"{graph}: ONNX Runtime's CPU provider does not compute in {kind}; build the cpu engine with "
-                "`galerne build BUNDLE --target cpu`"
-            )
-        self._dtype = _TYPES[kind]
+        self._dtype = _TYPES[types["past_key_values.0.key"]]
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         """Allocate rings for `batch` rows of `capacity` slots."""

@@ -32,6 +32,11 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
         except GalerneError as exc:
             logger.warning("%s; running the portable graph instead", exc)
     if name is None or name == PORTABLE:
+        if bundle.manifest.graph.compute_type == "bfloat16":
+            raise BackendError(
+                f"{bundle.path}: ONNX Runtime's CPU provider does not compute in bfloat16; build the cpu engine, which "
+                f"computes in float32: `galerne build {bundle.path} --target cpu`"
+            )
         options = session_options(exact=exact, threads=threads)
         return OrtEngine(bundle.file(GRAPH), bundle.manifest.model, name=PORTABLE, options=options)
     record = load_record(bundle, name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galerne import schema
@@ -122,6 +122,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON | st.dictionaries(st.sampled_from([*Outer.__dataclass_fields__, "other"]), JSON))
 def test_whatever_comes_gives_a_record_or_an_input_error(data: object) -> None:
     try:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galerne.errors import InputError
@@ -75,6 +75,7 @@ NESTED = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Manifest,

@@ -1,0 +1,42 @@
+"""`galerne export`: checkpoint to bundle."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from galerne.cli.output import Json, emit, size
+from galerne.errors import InputError
+
+# Must read as the keys of galerne.optimize.quantize.recipe.PRECISIONS, which a test holds them to.
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the subcommand."""
+    app.command()(export)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.", show_default=False)],
+    precision: Annotated[Precision | None, typer.Option(help="How weights are stored.", show_default="fp16")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or .toml file, in place of --precision.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="The most new tokens of one run.", show_default="256")] = None,
+    max_context: Annotated[int | None, typer.Option(help="The longest sequence; sizes the ring where there is no window.")] = None,
+    json: Json = False,
+) -> None:
+    """Export a checkpoint to a bundle: trace on the meta device, then stream the weights."""
+    if precision is not None and recipe is not None:
+        raise InputError("--precision and --recipe: give one of them")
+    from galerne.export.checkpoint.open import open_checkpoint
+    from galerne.export.export import DEFAULT_CHUNK
+    from galerne.export.export import export as run
+    from galerne.optimize.quantize.recipe import PRECISIONS, load
+
+    chosen = load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    bundle = run(open_checkpoint(checkpoint), chosen, out, chunk=DEFAULT_CHUNK if chunk is None else chunk, max_context=max_context)
+    total = sum(entry.size for entry in bundle.manifest.files.values())
+    graph = bundle.manifest.graph
+    data = {"bundle": str(out), "size_bytes": total, "capacity": graph.capacity, "chunk": graph.chunk}
+    emit(json, data, f"{out}: {size(total)}, ring of {graph.capacity} slots, chunks of {graph.chunk} tokens")

@@ -1,0 +1,38 @@
+"""`galerne inspect`: what is in a bundle, and whether its hashes hold."""
+
+import dataclasses
+
+import typer
+
+from galerne.cli.output import BundlePath, Json, emit, size, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add the subcommand."""
+    app.command()(inspect)
+
+
+def inspect(bundle: BundlePath, json: Json = False) -> None:
+    """Show what is in a bundle, and check every file's SHA-256."""
+    from galerne.runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.verify_hashes()
+    manifest = opened.manifest
+    model, graph = manifest.model, manifest.graph
+    window = "none: every key is seen" if model.sliding_window is None else f"{model.sliding_window} tokens"
+    verdicts = {name: "passed" if verdict.passed else "FAILED" for name, verdict in manifest.parity.items()}
+    facts = [
+        ["model", f"{model.architecture}, {model.num_hidden_layers} layers, hidden {model.hidden_size}"],
+        ["heads", f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"],
+        ["window", window],
+        ["ring", f"{graph.capacity} slots, chunks of {graph.chunk}, {graph.compute_type}"],
+        ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
+        ["recipe", str(manifest.recipe["description"])],
+        ["parity", ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items()) or "not verified yet"],
+        ["engines", ", ".join(opened.engines()) or "none; the portable graph runs"],
+        ["hashes", "hold"],
+    ]
+    files = [["file", "size"], *([name, size(entry.size)] for name, entry in sorted(manifest.files.items()))]
+    data = {**dataclasses.asdict(manifest), "engines": opened.engines(), "hashes_hold": True}
+    emit(json, data, "\n".join(f"{key:<9}{value}" for key, value in facts) + "\n\n" + table(files))

@@ -1,0 +1,44 @@
+"""`galerne verify`: parity against the PyTorch source."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from galerne.cli.output import BundlePath, Json, SourcePath, emit, table
+from galerne.errors import CheckFailed
+from galerne.progress import step
+
+
+def register(app: typer.Typer) -> None:
+    """Add the subcommand."""
+    app.command()(verify)
+
+
+def verify(
+    bundle: BundlePath,
+    source: SourcePath,
+    engine: Annotated[str, typer.Option(help='"portable", or the name of an engine in the bundle.')] = "portable",
+    html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+    json: Json = False,
+) -> None:
+    """Run the bundle beside the PyTorch source, compare, and enter the verdict into the bundle."""
+    from galerne.export.checkpoint.open import open_checkpoint
+    from galerne.export.parity.report import html as to_html
+    from galerne.export.parity.verify import verify as run
+    from galerne.runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with step(f"verify {engine}"):
+        report = run(opened, open_checkpoint(source), engine=engine)
+    opened.with_verdict(engine, report.to_json(), report.passed)
+    if html is not None:
+        html.write_text(to_html(report), encoding="utf-8")
+    rows = [["case", "tokens", "max abs", "mean KL", "top-1", "passed"]]
+    for case in report.cases:
+        figures = [str(case.tokens), f"{case.max_abs:.2e}", f"{case.mean_kl:.2e}", f"{case.top1_agreement:.4f}"]
+        rows.append([case.name, *figures, "yes" if case.passed else "NO"])
+    emit(json, report.to_dict(), table(rows))
+    if not report.passed:
+        failed = ", ".join(case.name for case in report.cases if not case.passed)
+        raise CheckFailed(f"{bundle}: {engine} does not match its source: {failed}")

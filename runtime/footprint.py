@@ -1,0 +1,40 @@
+"""How many bytes a bundle's model reads: what bounds the speed of decoding."""
+
+from galerne.runtime.manifest import Manifest, ModelFacts
+
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+_SCALE_BYTES = 2
+
+
+def linear_shapes(model: ModelFacts) -> list[tuple[int, int]]:
+    """Return [in, out] of each product of one decoder layer: q, k and v, o, gate and up, down."""
+    attention = model.num_attention_heads * model.head_dim
+    kv = model.num_key_value_heads * model.head_dim
+    return [
+        (model.hidden_size, attention + 2 * kv),
+        (attention, model.hidden_size),
+        (model.hidden_size, 2 * model.intermediate_size),
+        (model.intermediate_size, model.hidden_size),
+    ]
+
+
+def decode_weight_bytes(manifest: Manifest) -> int:
+    """Return the bytes of weights that one decode step reads: every product's, with its scales; of the table one row."""
+    model, recipe = manifest.model, manifest.recipe
+    layer = sum(_linear_bytes(rows, columns, recipe["weights"]) for rows, columns in linear_shapes(model))
+    head = _linear_bytes(model.hidden_size, model.vocab_size, recipe["lm_head"])
+    return int(model.num_hidden_layers * layer + head)
+
+
+def cache_bytes(model: ModelFacts, slots: int, bytes_per_value: int) -> int:
+    """Return the bytes of one row's rings of `slots` slots, keys and values of all layers."""
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * slots * bytes_per_value
+
+
+def _linear_bytes(rows: int, columns: int, form: dict[str, object]) -> float:
+    dtype, block = str(form["dtype"]), form.get("block_size")
+    weights = rows * columns * _BYTES[dtype]
+    if dtype == "int4":
+        assert isinstance(block, int)
+        return weights + rows // block * columns * _SCALE_BYTES
+    return weights + (columns * _SCALE_BYTES if dtype == "int8" else 0)
