@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 def build(
     bundle: BundlePath,
     target: Annotated[str, typer.Option(help="A target's name; see `galerne targets`.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Replace an engine; build although the parity check failed.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an engine; build although the parity check failed.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Build the engine for a target into the bundle, without a GPU where TensorRT-RTX allows it."""

@@ -18,12 +18,16 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.", show_default=False)],
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored.", show_default="fp16")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or .toml file, in place of --precision.")] = None,
     chunk: Annotated[int | None, typer.Option(help="The most new tokens of one run.", show_default="256")] = None,
-    max_context: Annotated[int | None, typer.Option(help="The longest sequence; sizes the ring where there is no window.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="The longest sequence; sizes the ring where there is no window.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle: trace on the meta device, then stream the weights."""
@@ -35,7 +39,13 @@ def export(
     from galerne.optimize.quantize.recipe import PRECISIONS, load
 
     chosen = load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
-    bundle = run(open_checkpoint(checkpoint), chosen, out, chunk=DEFAULT_CHUNK if chunk is None else chunk, max_context=max_context)
+    bundle = run(
+        open_checkpoint(checkpoint),
+        chosen,
+        out,
+        chunk=DEFAULT_CHUNK if chunk is None else chunk,
+        max_context=max_context,
+    )
     total = sum(entry.size for entry in bundle.manifest.files.values())
     graph = bundle.manifest.graph
     data = {"bundle": str(out), "size_bytes": total, "capacity": graph.capacity, "chunk": graph.chunk}

@@ -29,7 +29,9 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Keep tokens at least p times as likely as the first.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    engine: Annotated[str | None, typer.Option(help='"portable" or an engine; by default the `cpu` engine if there is one.')] = None,
+    engine: Annotated[
+        str | None, typer.Option(help='"portable" or an engine; by default the `cpu` engine if there is one.')
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

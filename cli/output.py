@@ -10,7 +10,10 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 SourcePath = Annotated[
-    Path, typer.Option("--source", metavar="CHECKPOINT", help="The checkpoint that the bundle was made from.", show_default=False)
+    Path,
+    typer.Option(
+        "--source", metavar="CHECKPOINT", help="The checkpoint that the bundle was made from.", show_default=False
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; one for each core by default.", min=1)]
 
@@ -26,7 +29,10 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = [all(_is_figure(row[i]) for row in rows[1:]) for i in range(len(widths))]
     lines = [
-        "  ".join(cell.rjust(width) if flush else cell.ljust(width) for cell, width, flush in zip(row, widths, right, strict=True))
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        )
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -15,7 +15,7 @@ from galerne.export.spec import DecoderSpec
 def rotary_frequencies(spec: DecoderSpec) -> Tensor:
     """Return the angle per position of each pair of channels, [D/2] float32. Source: RoFormer (arXiv 2104.09864)."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    return 1.0 / (spec.rope_theta**exponents)
+    return torch.reciprocal(torch.pow(spec.rope_theta, exponents))
 
 
 def ring_mask(position_ids: Tensor, ring: Tensor, window: int | None) -> Tensor:
@@ -23,9 +23,9 @@ def ring_mask(position_ids: Tensor, ring: Tensor, window: int | None) -> Tensor:
 
     Padding at a row's end goes on counting, so the newest position is the last one fed.
     """
-    held = ops.held_positions(position_ids, ring).unsqueeze(1)  # [B, 1, C]
+    held: Tensor = ops.held_positions(position_ids, ring).unsqueeze(1)  # [B, 1, C]
     query = position_ids.unsqueeze(2)  # [B, S, 1]
-    seen = (held >= 0) & (held <= query)
+    seen: Tensor = (held >= 0) & (held <= query)
     if window is not None:
         seen = seen & (held > query - window)
     return seen.unsqueeze(1)
@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] to [..., E]."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        normed: Tensor = ops.rms_norm(x, self.weight, self.eps)
+        return normed
 
 
 class Attention(nn.Module):
@@ -112,6 +113,8 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """The embedding, the layers and the last norm: what checkpoints call `model`."""
 
+    rotary_frequencies: Tensor
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
@@ -148,7 +151,12 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, logit_indices: Tensor, past: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        logit_indices: Tensor,
+        past: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """Return logits [B, K, V] float32 and the rings after this run."""
         x, present = self.model(input_ids, position_ids, write_indices, past)

@@ -103,7 +103,9 @@ class ConfigReader:
         return float(value)
 
 
-def base_spec(config: ConfigReader, architecture: str, *, sliding_window: int | None, num_key_value_heads: int) -> DecoderSpec:
+def base_spec(
+    config: ConfigReader, architecture: str, *, sliding_window: int | None, num_key_value_heads: int
+) -> DecoderSpec:
     """Read the fields that every family of this decoder spells the same way."""
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     bos = config.token_ids("bos_token_id")
@@ -129,7 +131,9 @@ def base_spec(config: ConfigReader, architecture: str, *, sliding_window: int | 
         eos_token_ids=config.token_ids("eos_token_id"),
     )
     if heads % num_key_value_heads:
-        raise InputError(f"config: num_attention_heads: {heads} is no multiple of num_key_value_heads {num_key_value_heads}")
+        raise InputError(
+            f"config: num_attention_heads: {heads} is no multiple of num_key_value_heads {num_key_value_heads}"
+        )
     if spec.head_dim % 2:
         raise InputError(f"config: head_dim: {spec.head_dim} is odd; rotary positions need an even one")
     return spec

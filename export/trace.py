@@ -57,10 +57,18 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype) -> ir.Model:
             verify=False,
             dynamic_shapes=(row, row, {0: dynamic}, row, [ring_axes] * len(past)),
             custom_translation_table=ops.translations(compute_type),
-            input_names=["input_ids", "position_ids", "write_indices", "logit_indices", *cache_names("past_key_values", spec.num_hidden_layers)],
+            input_names=[
+                "input_ids",
+                "position_ids",
+                "write_indices",
+                "logit_indices",
+                *cache_names("past_key_values", spec.num_hidden_layers),
+            ],
             output_names=["logits", *cache_names("present", spec.num_hidden_layers)],
         )
     assert program is not None
+    if spec.tie_word_embeddings:  # one tensor under two names; checkpoints keep it under the embedding's
+        program.model.graph.initializers["lm_head.weight"].name = "model.embed_tokens.weight"
     return program.model
 
 

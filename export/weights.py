@@ -44,15 +44,26 @@ class WeightsFile:
         assert value.shape is not None and value.dtype is not None and value.name is not None
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT_BYTES))
         offset = self._file.tell()
-        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
-        shape = ir.Shape([int(size) for size in value.shape])
+        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        shape = ir.Shape(value.shape.numpy())
         value.const_value = ir.ExternalTensor(
-            self._name, offset, self._file.tell() - offset, value.dtype, shape=shape, name=value.name, base_dir=self._folder
+            self._name,
+            offset,
+            self._file.tell() - offset,
+            value.dtype,
+            shape=shape,
+            name=value.name,
+            base_dir=self._folder,
         )
 
 
 def write_weights(
-    model: ir.Model, weights: list[Weight], checkpoint: Checkpoint, recipe: Recipe, path: Path, advance: Callable[[int], None]
+    model: ir.Model,
+    weights: list[Weight],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    path: Path,
+    advance: Callable[[int], None],
 ) -> None:
     """Write every weight in the recipe's format, and make the graph read it: in place, with DequantizeLinear where quantized.
 

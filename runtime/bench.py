@@ -42,7 +42,9 @@ def bench(model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) ->
     """
     limit = model.graph.max_context
     if limit is not None and prompt_tokens + decode_tokens > limit:
-        raise InputError(f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens}: the longest context is {limit}")
+        raise InputError(
+            f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens}: the longest context is {limit}"
+        )
     random = np.random.default_rng(0)
     prompt = random.integers(0, model.facts.vocab_size, prompt_tokens).tolist()
     model.rows().feed([prompt[:32]])  # warm up

@@ -73,12 +73,25 @@ class Rows:
             last[rows] = logits[rows, 0]
         return last
 
-    def feed_all(self, tokens: Sequence[Sequence[int]]) -> list[Float32]:
-        """Append tokens to each row and return the logits after every one of them: [tokens, vocab_size] for each row."""
+    def feed_all(
+        self, tokens: Sequence[Sequence[int]], *, keep: Sequence[Sequence[int]] | None = None
+    ) -> list[Float32]:
+        """Append tokens to each row and return the logits after every one of them: [tokens, vocab_size] for each row.
+
+        Args:
+            keep: for each row the indices into its new tokens whose logits are wanted, ascending; all by default.
+        """
         parts: list[list[Float32]] = [[] for _ in tokens]
+        done = [0] * len(tokens)
         for counts, _, logits in self._runs(tokens, every=True):
             for row, count in enumerate(counts):
-                parts[row].append(logits[row, :count].copy())
+                kept = (
+                    np.arange(count)
+                    if keep is None
+                    else np.flatnonzero(np.isin(np.arange(count) + done[row], keep[row]))
+                )
+                parts[row].append(logits[row, kept])
+                done[row] += int(count)
         empty = np.zeros((0, self._model.facts.vocab_size), np.float32)
         return [np.concatenate([empty, *part]) for part in parts]
 

@@ -34,7 +34,9 @@ class Ring:
         limit = self._facts.max_context
         longest = int((self.positions + counts).max())
         if limit is not None and longest > limit:
-            raise InputError(f"sequence of {longest} tokens: the bundle's longest context is {limit}; export it with --max-context")
+            raise InputError(
+                f"sequence of {longest} tokens: the bundle's longest context is {limit}; export it with --max-context"
+            )
 
     def wanted_capacity(self, tokens: int) -> int:
         """Return the capacity that a run of `tokens` more on each row wants: more than now, or what there is."""

@@ -15,7 +15,7 @@ class Family(Protocol):
 
     ARCHITECTURE: str
 
-    def spec(self, config: ConfigReader) -> DecoderSpec: ...  # noqa: D102
+    def spec(self, config: ConfigReader) -> DecoderSpec: ...
 
 
 def families() -> dict[str, Family]:

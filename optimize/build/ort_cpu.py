@@ -46,7 +46,9 @@ def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
         try:
             ort.InferenceSession(str(lowered), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(f"{bundle.path}: ONNX Runtime {ort.__version__} cannot optimize it: {one_line(exc)}") from exc
+            raise BackendError(
+                f"{bundle.path}: ONNX Runtime {ort.__version__} cannot optimize it: {one_line(exc)}"
+            ) from exc
     return EngineRecord(
         schema_version=SCHEMA_VERSION,
         target=target.name,

@@ -52,7 +52,8 @@ def fold_weights(model: ir.Model, *, keep_tied: bool) -> list[Weight]:
     _drop_unused(graph)
     values = {value.name: value for node in graph for value in node.inputs if value is not None and _is_weight(value)}
     return [
-        folded.get(str(name)) or Weight(str(name), "table" if _is_table(value) else "vector", (str(name),), _shape(value))
+        folded.get(str(name))
+        or Weight(str(name), "table" if _is_table(value) else "vector", (str(name),), _shape(value))
         for name, value in values.items()
     ]
 
@@ -69,7 +70,9 @@ def _parts(transpose: ir.Node) -> list[ir.Value]:
 def _fused(parts: list[ir.Value]) -> Weight:
     names = tuple(str(part.name) for part in parts)
     shapes = [_shape(part) for part in parts]
-    return Weight(fused_name(names), "linear", names, (shapes[0][1], sum(shape[0] for shape in shapes)))
+    # A projection tied to the embedding needs a name of its own beside the table's.
+    name = "lm_head.weight" if _is_table(parts[0]) else fused_name(names)
+    return Weight(name, "linear", names, (shapes[0][1], sum(shape[0] for shape in shapes)))
 
 
 def fused_name(names: tuple[str, ...]) -> str:
@@ -91,7 +94,7 @@ def _is_table(value: ir.Value) -> bool:
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
-    return tuple(int(size) for size in value.shape)
+    return value.shape.numpy()
 
 
 def _drop_unused(graph: ir.Graph) -> None:
@@ -101,4 +104,3 @@ def _drop_unused(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
-

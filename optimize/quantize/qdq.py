@@ -5,7 +5,9 @@ import onnx_ir as ir
 VALUES_SUFFIX, SCALE_SUFFIX = "_quantized", "_scale"
 
 
-def insert_dequantize(graph: ir.Graph, weight: ir.Value, bits: int, block: int, compute: ir.DataType) -> tuple[ir.Value, ir.Value]:
+def insert_dequantize(
+    graph: ir.Graph, weight: ir.Value, bits: int, block: int, compute: ir.DataType
+) -> tuple[ir.Value, ir.Value]:
     """Replace a float weight [in, out] by DequantizeLinear of two new initializers that have no data yet, in place.
 
     Args:
@@ -15,7 +17,7 @@ def insert_dequantize(graph: ir.Graph, weight: ir.Value, bits: int, block: int, 
     Returns: the values [in, out] and the scales, [in // block, out] for int4 and [out] for int8.
     """
     assert weight.name is not None and weight.shape is not None
-    rows, columns = (int(size) for size in weight.shape)
+    rows, columns = weight.shape.numpy()
     blocked = bits == 4
     values = ir.Value(
         name=weight.name + VALUES_SUFFIX,

@@ -99,7 +99,9 @@ def load(name: str) -> Recipe:
         if (form.dtype == "int4") != (form.block_size is not None):
             raise InputError(f"{name}: {key}: block_size goes with dtype int4, and int4 needs one; found {form}")
         if form.bits is None and form.dtype != recipe.compute:
-            raise InputError(f"{name}: {key}: dtype: expected {recipe.compute} as in compute, int8 or int4; found {form.dtype}")
+            raise InputError(
+                f"{name}: {key}: dtype: expected {recipe.compute} as in compute, int8 or int4; found {form.dtype}"
+            )
         if form.bits is not None and recipe.compute != "float16":
             raise InputError(f"{name}: compute: expected float16 with quantized weights, found {recipe.compute}")
     return recipe

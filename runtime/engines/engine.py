@@ -28,7 +28,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """"portable", or the target that it was built for."""
+        """ "portable", or the target that it was built for."""
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Allocate rings for `batch` rows of `capacity` slots."""

@@ -67,7 +67,9 @@ class OrtCache:
 class _Binding:
     """One shape of run, bound once: its inputs are written in place, so that a step costs no binding."""
 
-    def __init__(self, session: ort.InferenceSession, cache: OrtCache, names: list[str], tokens: int, logits: int, vocab: int):
+    def __init__(
+        self, session: ort.InferenceSession, cache: OrtCache, names: list[str], tokens: int, logits: int, vocab: int
+    ):
         batch = cache.batch
         self.ids = np.zeros((batch, tokens), np.int64)
         self.positions = np.zeros((batch, tokens), np.int64)
@@ -123,7 +125,9 @@ class OrtEngine:
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as exc:
-            raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}") from exc
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}"
+            ) from exc
         return binding.logits
 
 

@@ -44,4 +44,6 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
         return open_cpu(bundle, record, threads)
     if record.backend in ("tensorrt", "tensorrt_rtx"):
         open_tensorrt(bundle, record)
-    raise BackendError(f"{bundle.path}: engine {name}: backend {record.backend!r} is unknown to this version of Galerne")
+    raise BackendError(
+        f"{bundle.path}: engine {name}: backend {record.backend!r} is unknown to this version of Galerne"
+    )

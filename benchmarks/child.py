@@ -1,0 +1,78 @@
+"""Runs one command in a process of its own and says what it took."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from galerne.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[1]
+_STAT = Path("/proc/stat")
+_ERROR_CHARS = 2000
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well.
+
+    stdout: all that it wrote there.
+    seconds: from its start to its end.
+    peak_rss_bytes: its largest resident set, `ru_maxrss`; pages of mapped files that it touched count.
+    other_cores: how many cores everything else kept busy meanwhile; null where /proc/stat does not say.
+    """
+
+    stdout: str
+    seconds: float
+    peak_rss_bytes: int
+    other_cores: float | None
+
+
+def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
+    """Run a command to its end.
+
+    Linux hands the caller's own `ru_maxrss` on to the child, so the caller must stay small: it never loads a model.
+
+    Raises: BackendError with the end of what it wrote to stderr, if its status is not 0.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        busy, start = busy_seconds(), time.perf_counter()
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds, ended = time.perf_counter() - start, busy_seconds()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode != 0:
+            raise BackendError(
+                f"{' '.join(process.args)}: ended with status {process.returncode}: {err.read()[-_ERROR_CHARS:].strip()}"
+            )
+        others = None
+        if busy is not None and ended is not None:
+            others = max(0.0, ended - busy - usage.ru_utime - usage.ru_stime) / seconds
+        return Finished(out.read(), seconds, usage.ru_maxrss * 1024, others)
+
+
+def busy_seconds() -> float | None:
+    """Return the seconds of work that all cores together have done since the start, or None where /proc/stat is not there."""
+    if not _STAT.is_file():
+        return None
+    user, nice, system, _, _, irq, soft_irq, *_ = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_quiet(patience_s: float, *, cores: float = 0.1) -> None:
+    """Wait until everything on the machine keeps fewer than `cores` busy over two seconds, or patience runs out."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        before = busy_seconds()
+        if before is None:
+            return
+        time.sleep(2.0)
+        if ((busy_seconds() or 0.0) - before) / 2.0 < cores:
+            return

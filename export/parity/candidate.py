@@ -1,0 +1,92 @@
+"""The candidate: a bundle in Galerne's runtime, as a Polygraphy runner."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from galerne.export.parity.cases import Case, Plan, RingSize
+from galerne.runtime.bundle import Bundle
+from galerne.runtime.engines.select import PORTABLE
+from galerne.runtime.generate import Generation
+from galerne.runtime.model import Model, Rows
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+# What a poisoned cache holds, with random signs. A masked slot meets a weight of exactly zero, so values of any finite size
+# do no harm; keys stay where their products with a query still fit into float16, since a mask cannot lower an infinite score.
+_POISON_KEY, _POISON_VALUE = 1e3, 1e4
+
+
+class CandidateRunner(BaseRunner):  # type: ignore[misc]
+    """Runs a plan's cases in the runtime, with the portable graph (in its exact mode) or an engine as it ships."""
+
+    def __init__(self, bundle: Bundle, engine: str, plan: Plan, advance: Callable[[], None]) -> None:
+        super().__init__(name=engine)
+        self._bundle, self._engine, self._plan, self._advance = bundle, engine, plan, advance
+        self._model: Model | None = None
+
+    def activate_impl(self) -> None:
+        """Open the bundle."""
+        self._model = Model.open(self._bundle.path, self._engine, exact=self._engine == PORTABLE)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Return the one input: the number of the case."""
+        return TensorMetadata().add("case", np.int64, (1,))
+
+    def infer_impl(self, feed_dict: dict[str, Any]) -> "OrderedDict[str, npt.NDArray[Any]]":
+        """Return the case's outputs by name."""
+        assert self._model is not None
+        start = time.perf_counter()
+        case = self._plan.cases[int(feed_dict["case"][0])]
+        if case.greedy_tokens:
+            results: list[npt.NDArray[Any]] = [self._tokens(self._model, case)]
+        else:
+            results = [self._logits(self._model, case, ring) for ring in case.rings]
+        self.inference_time = time.perf_counter() - start
+        self._advance()
+        return OrderedDict(zip(case.outputs, results, strict=True))
+
+    def deactivate_impl(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def _tokens(self, model: Model, case: Case) -> Int64:
+        prompt = self._plan.sequences[0][: case.lengths[0]].tolist()
+        generation = Generation(model, [prompt], max_new_tokens=case.greedy_tokens, ignore_eos=True)
+        return np.array([token for _, token in generation], np.int64)
+
+    def _logits(self, model: Model, case: Case, ring: RingSize) -> Float32:
+        rows = model.rows(len(case.lengths), full_ring=ring == "full")
+        if case.poisoned:
+            poison(rows)
+        wanted = self._plan.positions(case)
+        parts: list[list[Float32]] = [[] for _ in case.lengths]
+        for counts in case.steps:
+            first = rows.lengths
+            spans = [(start, start + count) for start, count in zip(first, counts, strict=True)]
+            fed = [self._plan.sequences[row][start:end].tolist() for row, (start, end) in enumerate(spans)]
+            keep = [
+                (positions[(positions >= start) & (positions < end)] - start).tolist()
+                for positions, (start, end) in zip(wanted, spans, strict=True)
+            ]
+            for part, logits in zip(parts, rows.feed_all(fed, keep=keep), strict=True):
+                part.append(logits)
+        return np.concatenate([logits for part in parts for logits in part])
+
+
+def poison(rows: Rows) -> None:
+    """Fill empty rings with large finite values.
+
+    Not with NaN: an engine multiplies a masked slot's value by zero, and zero times NaN is NaN by IEEE 754. The contract
+    asks a caller for rings of finite values, as those of earlier sequences are.
+    """
+    rng = np.random.default_rng(0)
+    for index, ring in enumerate(rows.cache.arrays()):
+        ring[...] = rng.choice([-1, 1], ring.shape) * (_POISON_VALUE if index % 2 else _POISON_KEY)

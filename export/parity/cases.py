@@ -1,0 +1,161 @@
+"""The cases that a bundle is compared on, made from its manifest: each is data, and names what it would catch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from galerne.runtime.manifest import Manifest
+from galerne.runtime.ring import Ring
+
+Int64 = npt.NDArray[np.int64]
+RingSize = Literal["growing", "full"]
+
+GREEDY_TOKENS = 256
+# Compared logits of one case: enough positions to see every edge, few enough to hold for a vocabulary of 150,000.
+_MOST_POSITIONS, _FEWEST_POSITIONS, _MOST_LOGITS = 200, 32, 4 << 20
+_SEED = 20260
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    steps: what is fed, one run after the other: the number of tokens that each row gets. Row r is fed sequence r.
+    rings: how the cache is allocated; with two, both are run and each is compared with the reference.
+    poisoned: whether the cache is filled with large values before use.
+    greedy_tokens: tokens to generate freely after the steps, whose ids are compared and not logits.
+    """
+
+    name: str
+    steps: tuple[tuple[int, ...], ...]
+    rings: tuple[RingSize, ...] = ("growing",)
+    poisoned: bool = False
+    greedy_tokens: int = 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each row is fed."""
+        return tuple(sum(counts) for counts in zip(*self.steps, strict=True))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what a runner returns for it."""
+        return ("tokens",) if self.greedy_tokens else tuple(f"logits_{ring}_ring" for ring in self.rings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bundle is compared on.
+
+    sequences: random token ids, [tokens] int64 each. Every case feeds prefixes of them, so that the reference needs one
+        pass over each: what stands later does not change what came before.
+    """
+
+    cases: tuple[Case, ...]
+    sequences: tuple[Int64, ...]
+    manifest: Manifest
+
+    @property
+    def longest(self) -> Case:
+        """The case with the longest prompt that is fed at once."""
+        return max((case for case in self.cases if not case.greedy_tokens), key=lambda case: case.steps[0][0])
+
+    def positions(self, case: Case) -> list[Int64]:
+        """Return the positions of each row at which logits are compared, ascending."""
+        limit = min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _MOST_LOGITS // self.manifest.model.vocab_size))
+        window, capacity = self.manifest.model.sliding_window or 0, self.manifest.graph.capacity
+        return [_spread(length, limit // len(case.lengths), window, capacity) for length in case.lengths]
+
+
+def make_plan(manifest: Manifest, *, greedy: bool) -> Plan:
+    """Return the cases for a bundle; `greedy` asks for free generation too."""
+    cases = tuple(_windowed(manifest) if manifest.model.sliding_window else _unwindowed(manifest))
+    if greedy:
+        cases += (_greedy(manifest),)
+    rng = np.random.default_rng(_SEED)
+    lengths = [0] * max(len(case.lengths) for case in cases)
+    for case in cases:
+        for row, length in enumerate(case.lengths):
+            lengths[row] = max(lengths[row], length)
+    return Plan(cases, tuple(rng.integers(0, manifest.model.vocab_size, length) for length in lengths), manifest)
+
+
+def _windowed(manifest: Manifest) -> Iterable[Case]:
+    window, graph = manifest.model.sliding_window, manifest.graph
+    assert window is not None
+    limit = graph.max_context or 1 << 60
+    yield from _prompts((window - 1, window, window + 1, 2 * window, 4 * window + 3), limit)
+    yield from _common(manifest, rows=(2 * window + 1, 3, window + 1), chunked=2 * window + graph.chunk + 5)
+    # Twice around the ring and some more, so that every slot is written three times.
+    yield Case("token by token", ((1,),) * min(2 * graph.capacity + 8, limit))
+
+
+def _unwindowed(manifest: Manifest) -> Iterable[Case]:
+    graph = manifest.graph
+    limit, chunk = graph.capacity, graph.chunk
+    yield from _prompts((1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3), limit)
+    yield from _common(manifest, rows=(chunk + 3, 3, chunk // 2 + 1), chunked=2 * chunk + 3)
+    yield Case("token by token", ((1,),) * min(64, limit))
+
+
+def _prompts(lengths: Iterable[int], limit: int) -> Iterable[Case]:
+    for length in sorted({min(length, limit) for length in lengths} - {0}):
+        yield Case(f"prompt of {length}", ((length,),))
+
+
+def _common(manifest: Manifest, *, rows: tuple[int, int, int], chunked: int) -> Iterable[Case]:
+    graph = manifest.graph
+    limit = graph.max_context or 1 << 60
+    yield Case("uneven chunks", tuple((count,) for count in _uneven(min(chunked, limit), graph.chunk)))
+    # A row that gets nothing in a step must keep its place, while padding is written behind it.
+    decode = ((1, 1, 1), (1, 0, 1), (0, 1, 1), (1, 1, 0), (2, 1, 3), (1, 1, 1))
+    room = limit - max(sum(counts) for counts in zip(*decode, strict=True))
+    if room > 0:
+        yield Case("rows of different lengths", (tuple(min(length, room) for length in rows), *decode))
+    start = max(1, min((manifest.model.sliding_window or graph.chunk) // 2, limit - 6))
+    poisoned = [(start,), (1,), (1,), (3,), (1,)]
+    if start + 6 <= limit:
+        yield Case("poisoned cache", tuple(poisoned), rings=("full",), poisoned=True)
+    small = Ring(graph, 1).capacity
+    if small < graph.capacity:  # else the ring never grows
+        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity - small, 2 * small),), (1,)]
+        yield Case("grown ring and full ring", _capped(steps, limit), rings=("growing", "full"))
+
+
+def _greedy(manifest: Manifest) -> Case:
+    # With a window the prompt ends where the generated tokens cross its edge.
+    limit = manifest.graph.max_context or 1 << 60
+    prompt = min(max(8, (manifest.model.sliding_window or 0) - GREEDY_TOKENS // 2), max(1, limit // 2))
+    return Case("greedy tokens", ((prompt,),), greedy_tokens=min(GREEDY_TOKENS, limit - prompt + 1))
+
+
+def _uneven(total: int, chunk: int) -> Iterable[int]:
+    sizes = (1, 7, chunk, 3, chunk + 2)
+    done = turn = 0
+    while done < total:
+        size = min(sizes[turn % len(sizes)], total - done)
+        yield size
+        done, turn = done + size, turn + 1
+
+
+def _capped(steps: Sequence[tuple[int]], limit: int) -> tuple[tuple[int], ...]:
+    kept: list[tuple[int]] = []
+    for (count,) in steps:
+        count = min(count, limit - sum(size for (size,) in kept))
+        if count > 0:
+            kept.append((count,))
+    return tuple(kept)
+
+
+def _spread(length: int, limit: int, window: int, capacity: int) -> Int64:
+    """Choose at most about `limit` of `length` positions: the ends, those about each edge of window and ring, and others."""
+    if length <= limit:
+        return np.arange(length)
+    edges = [0, length, window, 2 * window, capacity, 2 * capacity, window + capacity]
+    near = {edge + offset for edge in edges for offset in range(-3, 3)}
+    chosen = {position for position in near if 0 <= position < length}
+    chosen.update(np.linspace(0, length - 1, max(0, limit - len(chosen)), dtype=np.int64).tolist())
+    return np.array(sorted(chosen), np.int64)
