@@ -1,7 +1,9 @@
 """Runs one command in a process of its own and says what it took."""
 
 import os
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from galerne.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[1]
 _STAT = Path("/proc/stat")
-_ERROR_CHARS = 2000
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,24 @@ def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
 
     Linux hands the caller's own `ru_maxrss` on to the child, so the caller must stay small: it never loads a model.
 
-    Raises: BackendError with the end of what it wrote to stderr, if its status is not 0.
+    Raises: BackendError with the last line of its stderr, if its status is not 0.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        arguments = [str(part) for part in command]
         busy, start = busy_seconds(), time.perf_counter()
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err
-        )
+        process = subprocess.Popen(arguments, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         seconds, ended = time.perf_counter() - start, busy_seconds()
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         if process.returncode != 0:
-            raise BackendError(
-                f"{' '.join(process.args)}: ended with status {process.returncode}: {err.read()[-_ERROR_CHARS:].strip()}"
-            )
+            last = err.read().strip().rsplit("\n", 1)[-1]
+            raise BackendError(f"{shlex.join(arguments)}: ended with status {process.returncode}: {last}")
         others = None
         if busy is not None and ended is not None:
             others = max(0.0, ended - busy - usage.ru_utime - usage.ru_stime) / seconds
-        return Finished(out.read(), seconds, usage.ru_maxrss * 1024, others)
+        return Finished(out.read(), seconds, usage.ru_maxrss * _MAXRSS_UNIT, others)
 
 
 def busy_seconds() -> float | None:

@@ -2,33 +2,49 @@
 
 import importlib
 import json
+from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Request, measure, read_request, WARM_UP_TOKENS
+from benchmarks.measure import WARM_UP_TOKENS, Request, measure, read_request
 
 
 class GenaiSession:
-    """A model and its generator, greedy. onnxruntime-genai keeps keys for `max_length` tokens from the start."""
+    """A model and a greedy generator. It allocates its keys for the whole of the run's length at once."""
 
     def __init__(self, request: Request) -> None:
         # Imported by name: it is no dependency of this project, so it is not there to be type-checked.
         self._lib = lib = importlib.import_module("onnxruntime_genai")
         config = lib.Config(str(request.model))
-        session_options = {"intra_op_num_threads": request.threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
-        self._length = max(request.prompt + request.decode, WARM_UP_TOKENS + 1) + 1
+        threads = {"intra_op_num_threads": request.threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+        self._length = max(request.prompt, WARM_UP_TOKENS) + request.decode + 2
         self._model = lib.Model(config)
-        self._generator = self._new_generator()
-        self._fed = 0
+        self._generator: Any = self._new_generator()
+        self._last: int | None = None
 
-    def _new_generator(self) -> object:
+    def _new_generator(self) -> Any:
         params = self._lib.GeneratorParams(self._model)
-        # A least length as well, so that the end-of-text token of a random model does not end the run.
+        # A least length too, so that the end-of-text token of a random model does not end the run.
         params.set_search_options(max_length=self._length, min_length=self._length, do_sample=False)
         return self._lib.Generator(self._model, params)
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._generator = None
-        self._generator = self._new_generator()
+        self._generator = None  # before the next one is made, so that two caches are never there at once
+        self._generator, self._last = self._new_generator(), None
+
+    def feed(self, tokens: list[int]) -> int:
+        """Append tokens to the sequence and return the likeliest next one.
+
+        The token that the generator chose itself is in its sequence already and is run by the next step.
+        """
+        if tokens != [self._last]:
+            self._generator.append_tokens(np.array(tokens, np.int32))
+        self._generator.generate_next_token()
+        self._last = int(self._generator.get_next_tokens()[0])
+        return self._last
+
+
+if __name__ == "__main__":
+    measure(read_request(), "onnxruntime-genai", GenaiSession)

@@ -19,7 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalize the last axis by its root mean square, in float32; the result has the type of `x`."""
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return torch.mul(wide * scale, weight.float()).to(x.dtype)
+    normed: Tensor = wide * scale * weight.float()
+    return normed.to(x.dtype)
 
 
 @torch.library.custom_op("galerne::rotate", mutates_args=())

@@ -14,7 +14,7 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages"}
 # Not code: the 8-bit codec tables, and the language reference dumped into one string.
 SKIPPED_PACKAGES = {"encodings", "pydoc_data"}
 # Generated when Python is built; they name the builder's own folders.
-SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+SKIPPED_PREFIXES = ("_sysconfigdata", "config-3")
 HELD_OUT_EVERY = 20
 HELD_OUT_FILE_BYTES = 200_000
 
@@ -45,7 +45,8 @@ def read_modules() -> tuple[list[str], list[str]]:
     for path in sorted(file.relative_to(root) for file in root.rglob("*.py")):
         if not _is_skipped(path):
             text = (root / path).read_text(encoding="utf-8", errors="replace")
-            (held_out if _is_held_out(path) else train).append(text)
+            if text.strip():
+                (held_out if _is_held_out(path) else train).append(text)
     return train, held_out
 
 
@@ -79,3 +80,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, unk_token=UNK, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """Encode documents into one stream, each as <s> text </s>. Returns: [tokens] int64."""
+    stream: list[int] = []
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return torch.tensor(stream)
+
+
+def to_rows(stream: torch.Tensor, length: int, bos_token_id: int) -> torch.Tensor:
+    """Cut a stream [tokens] into rows that each begin with <s>, as every prompt does. The rest of the stream is dropped.
+
+    Returns: [tokens // (length - 1), length] int64.
+    """
+    body = stream[: len(stream) // (length - 1) * (length - 1)].view(-1, length - 1)
+    return torch.cat([body.new_full((len(body), 1), bos_token_id), body], dim=1)

@@ -60,8 +60,9 @@ class Plan:
 
     @property
     def longest(self) -> Case:
-        """The case with the longest prompt that is fed at once."""
-        return max((case for case in self.cases if not case.greedy_tokens), key=lambda case: case.steps[0][0])
+        """The case of one row with the longest prompt that is fed at once."""
+        alone = [case for case in self.cases if len(case.lengths) == 1 and not case.greedy_tokens]
+        return max(alone, key=lambda case: case.steps[0][0])
 
     def positions(self, case: Case) -> list[Int64]:
         """Return the positions of each row at which logits are compared, ascending."""

@@ -47,5 +47,4 @@ def pack_int4(values: Int8) -> npt.NDArray[np.uint8]:
     flat = values.reshape(-1).view(np.uint8)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    packed: npt.NDArray[np.uint8] = (flat[0::2] & 0x0F) | (flat[1::2] << 4)
-    return packed
+    return ((flat[0::2] & 0x0F) | (flat[1::2] << 4)).astype(np.uint8)

@@ -1,0 +1,90 @@
+"""The verdict on a bundle: does it compute what its PyTorch source computes?"""
+
+from collections import OrderedDict
+
+import numpy as np
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
+
+from galerne import schema
+from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.parity.candidate import CandidateRunner
+from galerne.export.parity.cases import Plan, make_plan
+from galerne.export.parity.compare import compare_case, kl, top1_agreement
+from galerne.export.parity.reference import ReferenceRunner
+from galerne.export.parity.report import AgainstSource, Report
+from galerne.export.parity.tolerances import TABLE, arithmetic
+from galerne.files import sha256_file
+from galerne.optimize.quantize.recipe import Recipe
+from galerne.progress import Task, step
+from galerne.runtime.bundle import MANIFEST, Bundle
+from galerne.runtime.engines.select import PORTABLE
+
+
+def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None) -> Report:
+    """Run a bundle and its checkpoint in transformers on the same tokens, and compare.
+
+    The reference's weights are rounded as the bundle's recipe rounds them, so that the limits can be tight enough to show a
+    wrong graph; what the rounding costs is reported apart. Nothing is written: see `Bundle.with_verdict`.
+
+    Args:
+        engine: what runs the bundle: "portable", which is the default, or an engine's name.
+    Raises: InputError if the checkpoint is not what the bundle was made from, or a file of the bundle was changed;
+        BackendError if the engine cannot run here.
+    """
+    engine = engine or PORTABLE
+    with step("check hashes"):
+        check_source(bundle, checkpoint)
+        bundle.verify_hashes()
+    recipe = schema.read(Recipe, bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
+    row = arithmetic(recipe, engine)
+    tolerance = TABLE[row]
+    plan = make_plan(bundle.manifest, greedy=tolerance.greedy)
+    with Task("parity", 2 * len(plan.cases)) as task:
+        reference = ReferenceRunner(checkpoint, recipe, plan, task.advance)
+        candidate = CandidateRunner(bundle, engine, plan, task.advance)
+        feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout
+            results = Comparator.run([reference, candidate], data_loader=feeds)
+    longest = plan.cases.index(plan.longest)
+    (_, wanted), (_, got) = results
+    logits_std = float(np.std(wanted[longest][plan.longest.outputs[0]]))
+    atol = tolerance.max_abs * (logits_std if tolerance.relative else 1.0)
+    cases = tuple(
+        compare_case(case, result, tolerance, atol) for case, result in zip(plan.cases, results.split(), strict=True)
+    )
+    return Report(
+        passed=all(case.passed for case in cases),
+        engine=engine,
+        recipe=recipe.description,
+        reference=f"transformers {bundle.manifest.model.architecture}, eager attention, float32, weights rounded as the recipe does",
+        arithmetic=row,
+        tolerances=tolerance,
+        logits_std=logits_std,
+        max_abs=atol,
+        cases=cases,
+        against_source=_against_source(plan, reference, results),
+    )
+
+
+def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Raises: InputError if a file of the checkpoint is not the one that the bundle was made from."""
+    made_from = bundle.manifest.source.files
+    files = {path.name: path for path in checkpoint.files()}
+    for name in sorted(made_from.keys() | files.keys()):
+        expected = made_from[name].sha256[:12] + "…" if name in made_from else "no such file"
+        found = sha256_file(files[name])[:12] + "…" if name in files else "no such file"
+        if found != expected:
+            raise InputError(
+                f"{bundle.path} was made from another checkpoint than {checkpoint.path}: {name}: expected {expected}, found "
+                f"{found}; give the one it was made from, or export again"
+            )
+
+
+def _against_source(plan: Plan, reference: ReferenceRunner, results: RunResults) -> AgainstSource:
+    _, (_, got) = results
+    logits = got[plan.cases.index(plan.longest)][plan.longest.outputs[0]]
+    source = reference.source_logits
+    worst = float(np.abs(source - logits).max())
+    return AgainstSource(plan.longest.name, worst, kl(source, logits), top1_agreement(source, logits))

@@ -1,0 +1,167 @@
+"""The command line as a pipeline calls it: exit codes, JSON alone on stdout, one line for bad input."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from galerne.cli import main
+from galerne.cli.export import Precision
+from galerne.errors import BackendError, CheckFailed, InputError
+from galerne.optimize.quantize.recipe import PRECISIONS
+from galerne.runtime.bundle import Bundle
+
+Bundles = Callable[[str], Bundle]
+
+
+class Ran:
+    """One run of the command line in this process: its exit status and what it wrote."""
+
+    def __init__(self, *args: object) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.raises(SystemExit) as exited, redirect_stdout(out), redirect_stderr(err):
+            main.run([str(arg) for arg in args])
+        self.status = exited.value.code or 0
+        self.out, self.err = out.getvalue(), err.getvalue()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def bundle(bundle_of: Bundles, tmp_path: Path) -> Path:
+    """A bundle of its own for a test that changes it."""
+    return Path(shutil.copytree(bundle_of("int4-rtn").path, tmp_path / "bundle"))
+
+
+def test_precisions_are_those_of_the_recipes() -> None:
+    assert list(PRECISIONS) == list(Precision.__args__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("error", "status"), [(CheckFailed, 1), (InputError, 2), (BackendError, 3)])
+def test_each_error_has_its_exit_status(error: type[Exception], status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("one line")
+
+    monkeypatch.setattr(main, "app", fail)
+    ran = Ran("targets")
+    assert (ran.status, ran.out, ran.err) == (status, "", "galerne: one line\n")
+
+
+def test_our_own_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "app", lambda *_, **__: {}["missing"])
+    ran = Ran("targets")
+    assert ran.status == 70
+    assert "KeyError: 'missing'" in ran.err
+    assert "bug in Galerne" in ran.err
+
+
+def test_bad_usage_is_2() -> None:
+    for args in (["frobnicate"], ["export"], ["generate", "x", "--max-new-tokens", "many"]):
+        assert Ran(*args).status == 2
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(main.app, ["--help"])
+    for command in ("demo", "export", "verify", "build", "generate", "bench", "inspect", "targets"):
+        assert command in result.output
+
+
+def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    exported = Ran("export", checkpoint_folder, "--out", out, "--precision", "int4", "--chunk", 8, "--json")
+    assert exported.status == 0
+    assert exported.json["capacity"] == 24
+    verified = Ran("verify", out, "--source", checkpoint_folder, "--html", tmp_path / "report.html", "--json")
+    assert verified.status == 0, verified.err
+    assert verified.json["passed"] is True
+    assert {"name", "tokens", "max_abs", "mean_kl", "top1_agreement", "passed"} <= set(verified.json["cases"][0])
+    assert "<html" in (tmp_path / "report.html").read_text()
+    built = Ran("build", out, "--target", "cpu", "--json")
+    assert built.status == 0
+    assert built.json["parity"] == "passed"
+    generated = Ran("generate", out, "--prompt-ids", "1,2,3", "--max-new-tokens", 5, "--json")
+    assert generated.status == 0
+    assert generated.json["engine"] == "cpu"
+    assert generated.json["prompt_ids"] == [1, 2, 3]
+    assert len(generated.json["output_ids"]) <= 5
+    assert generated.json["timings"].keys() == {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    shown = Ran("inspect", out, "--json")
+    assert shown.json["hashes_hold"] is True
+    assert shown.json["model"]["sliding_window"] == 16
+    assert shown.json["engines"] == ["cpu"]
+    bench = Ran("bench", out, "--prompt-tokens", 20, "--decode-tokens", 3, "--json")
+    assert bench.json["decode_tokens_per_s"] > 0
+
+
+def test_a_failed_check_is_1_and_no_engine_is_built_from_it(bundle: Path, tmp_path: Path) -> None:
+    Bundle.open(bundle).with_verdict("portable", b"{}\n", passed=False)
+    refused = Ran("build", bundle, "--target", "cpu")
+    assert refused.status == 1
+    assert "parity check failed" in refused.err.splitlines()[-1]
+    assert not (bundle / "engines").exists() or not any((bundle / "engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt-ids", "501"], "--prompt-ids: 501 is out of the vocabulary; expected 0 to 500"),
+        (["--prompt-ids", "1,x"], "--prompt-ids: expected whole numbers with commas between, found 'x'"),
+        (["--prompt-ids", ""], "--prompt-ids: expected whole numbers"),
+        (["--prompt", "hello"], "no tokenizer.json in the bundle"),
+        (["--prompt", ""], "--prompt: empty"),
+        (["--chat", ""], "--chat: empty"),
+        (["--prompt", "\udcff"], "--prompt: not UTF-8"),
+        (["--prompt-file", "no/such"], "--prompt-file no/such: No such file"),
+        ([], "expected one of --prompt"),
+        (["--prompt-ids", "1", "--temperature", "-1"], "temperature"),
+        (["--prompt-ids", "1", "--engine", "rtx-4090"], "no engine named 'rtx-4090'"),
+    ],
+)
+def test_bad_prompts_are_one_line_and_2(bundle_of: Bundles, args: list[str], message: str) -> None:
+    ran = Ran("generate", bundle_of("int4-rtn").path, *args)
+    assert ran.status == 2
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert ran.out == ""
+
+
+def test_prompt_file_that_is_not_utf8(bundle_of: Bundles, tmp_path: Path) -> None:
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    ran = Ran("generate", bundle_of("int4-rtn").path, "--prompt-file", tmp_path / "latin1")
+    assert ran.status == 2
+    assert "not UTF-8 at byte 3" in ran.err
+
+
+def test_a_changed_byte_is_found(bundle: Path) -> None:
+    data = bytearray((bundle / "weights.bin").read_bytes())
+    data[5000] ^= 1
+    (bundle / "weights.bin").write_bytes(data)
+    ran = Ran("inspect", bundle)
+    assert ran.status == 2
+    assert "weights.bin: its SHA-256 is" in ran.err
+
+
+def test_json_is_alone_on_stdout(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, since libraries also write to the streams' file descriptors."""
+    command = [sys.executable, "-m", "galerne.cli", "export", str(checkpoint_folder), "--out", str(tmp_path / "b"), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout)["bundle"] == str(tmp_path / "b")
+    assert "trace MistralForCausalLM" in ran.stderr
+
+
+def test_targets_table_and_json() -> None:
+    assert "rtx-4090" in Ran("targets").out
+    assert [target["name"] for target in Ran("targets", "l4", "--json").json] == ["l4"]
+    wrong = Ran("targets", "rtx4090")
+    assert wrong.status == 2
+    assert "rtx-4090" in wrong.err

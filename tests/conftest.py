@@ -1,0 +1,59 @@
+"""Fixtures that many tests share: a small random Mistral checkpoint and the bundles made from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from galerne.export.checkpoint.open import open_checkpoint
+from galerne.export.export import export
+from galerne.optimize.quantize import recipe
+from galerne.runtime.bundle import Bundle
+
+transformers_logging.disable_progress_bar()
+
+WINDOW, CHUNK = 16, 8
+
+
+def save_mistral(folder: Path, **changes: object) -> Path:
+    """Save a random Mistral that fits in a second of CPU time."""
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "hidden_size": 128,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": WINDOW,
+        "vocab_size": 501,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,  # wider than usual: attention that is not flat, so that a lost window shows
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    }
+    model = MistralForCausalLM(MistralConfig(**{**settings, **changes}))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random Mistral: 2 layers, window 16, vocabulary 501."""
+    return save_mistral(tmp_path_factory.mktemp("checkpoint") / "mistral")
+
+
+@pytest.fixture(scope="session")
+def bundle_of(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Return the checkpoint's bundle of a recipe; made once, so tests must not change it."""
+    made: dict[str, Bundle] = {}
+
+    def get(name: str) -> Bundle:
+        if name not in made:
+            out = tmp_path_factory.mktemp("bundles") / name
+            made[name] = export(open_checkpoint(checkpoint_folder), recipe.load(name), out, chunk=CHUNK)
+        return made[name]
+
+    return get

@@ -1,0 +1,129 @@
+"""Generation through a real bundle, against transformers on the same checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MistralForCausalLM
+
+from galerne.errors import BackendError, InputError
+from galerne.runtime.bundle import Bundle
+from galerne.runtime.generate import Generation
+from galerne.runtime.model import Model
+from galerne.runtime.sampling import SamplingOptions
+
+Bundles = Callable[[str], Bundle]
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint_folder: Path) -> MistralForCausalLM:
+    return MistralForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def model(bundle_of: Bundles) -> Model:
+    return Model.open(bundle_of("fp32").path)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 501, count)]
+
+
+def greedy(reference: MistralForCausalLM, prompt: list[int], count: int) -> list[int]:
+    with torch.no_grad():
+        out = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def generate(model: Model, prompts: list[list[int]], count: int, **options: object) -> list[list[int]]:
+    generation = Generation(model, prompts, max_new_tokens=count, ignore_eos=True, **options)  # type: ignore[arg-type]
+    list(generation)
+    return [output.ids for output in generation.outputs]
+
+
+def test_greedy_equals_transformers_for_rows_of_different_lengths(model: Model, reference: MistralForCausalLM) -> None:
+    prompts = [tokens(70), tokens(3, seed=1), tokens(17, seed=2)]
+    assert generate(model, prompts, 60) == [greedy(reference, prompt, 60) for prompt in prompts]
+
+
+def test_rows_do_not_change_each_other(model: Model) -> None:
+    prompts = [tokens(5, seed=seed) for seed in range(3)]
+    sampling = SamplingOptions(temperature=0.9, top_p=0.95, seed=4)
+    together = generate(model, prompts, 30, sampling=sampling)
+    assert together == [generate(model, [prompt], 30, sampling=sampling)[0] for prompt in prompts]
+
+
+def test_cache_is_updated_in_place(model: Model) -> None:
+    rows = model.rows(full_ring=True)
+    before = [array.ctypes.data for array in rows.cache.arrays()]
+    rows.feed([tokens(5)])
+    arrays = rows.cache.arrays()
+    assert [array.ctypes.data for array in arrays] == before
+    assert all(np.abs(array[:, :, :5]).sum() > 0 and np.abs(array[:, :, 8:]).sum() == 0 for array in arrays)
+
+
+def test_last_logits_equal_those_of_every_token(model: Model) -> None:
+    prompt = tokens(50)
+    every = model.rows().feed_all([prompt])[0]
+    rows = model.rows()
+    assert np.array_equal(rows.feed([prompt])[0], every[-1])
+    assert rows.lengths == [50]
+    stepped = model.rows()
+    for i, token in enumerate(prompt):
+        assert np.allclose(stepped.feed([[token]])[0], every[i], atol=1e-4)
+
+
+def test_eos_ends_a_row_and_is_not_given_out(model: Model, reference: MistralForCausalLM) -> None:
+    free = generate(model, [tokens(9)], 20)[0]
+    cut = free.index(free[7])
+    ended = Model(model.bundle, model.engine, 0.0)
+    ended.facts = dataclasses.replace(model.facts, eos_token_ids=(free[7],))
+    generation = Generation(ended, [tokens(9)], max_new_tokens=20)
+    list(generation)
+    assert generation.outputs[0].ids == free[:cut]
+    assert generation.outputs[0].stop_reason == "eos"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [
+        ([[]], 5, "prompt 0: empty"),
+        ([[501]], 5, "id 501 is not in the vocabulary of 501"),
+        ([[-1]], 5, "id -1 is not"),
+        ([[1]], 0, "--max-new-tokens: expected at least 1, found 0"),
+    ],
+)
+def test_bad_prompts(model: Model, prompts: list[list[int]], count: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(model, prompts, count)
+
+
+def test_bfloat16_says_what_to_do(bundle_of: Bundles) -> None:
+    with pytest.raises(BackendError, match="does not compute in bfloat16; build the cpu engine"):
+        Model.open(bundle_of("bf16").path)
+
+
+def test_memory_is_flat_and_tokens_right_far_past_the_window(model: Model, reference: MistralForCausalLM) -> None:
+    """Thousands of tokens, more than a hundred times around the ring."""
+    psutil = pytest.importorskip("psutil")
+    generation = Generation(model, [tokens(4)], max_new_tokens=3000, ignore_eos=True)
+    resident, process = [], psutil.Process()
+    for index, _ in enumerate(generation):
+        if index in (500, 2999):
+            resident.append(process.memory_info().rss)
+    assert resident[1] - resident[0] < 5e6
+    ids = [*tokens(4), *generation.outputs[0].ids]
+    # Two layers of a window of 16 see no further back than 30 tokens, so a reference over the last 200 knows all.
+    with torch.no_grad():
+        logits = reference(torch.tensor([ids[-200:-1]])).logits[0]
+    assert logits[-64:].argmax(-1).tolist() == ids[-64:]
