@@ -28,12 +28,13 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """The command line of a tool's process: the model's path, and how much of it to run."""
+    """The command line of a tool's process: the model's path, how much to run, and whether its file may be mapped."""
 
     model: Path
     prompt: int
     decode: int
     threads: int
+    mapped: bool
 
 
 def read_request() -> Request:
@@ -42,6 +43,9 @@ def read_request() -> Request:
     parser.add_argument("model", type=Path)
     for name in ("prompt", "decode", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument(
+        "--not-mapped", dest="mapped", action="store_false", help="for a tool that maps unless told not to"
+    )
     return Request(**vars(parser.parse_args()))
 
 

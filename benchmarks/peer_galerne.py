@@ -22,4 +22,4 @@ class GalerneSession:
 
 
 if __name__ == "__main__":
-    measure(read_request(), "galerne", GalerneSession)
+    measure(read_request(), "Galerne", GalerneSession)

@@ -8,13 +8,14 @@ import numpy as np
 
 from benchmarks.measure import WARM_UP_TOKENS, Request, measure, read_request
 
+# By name, since it is no dependency of this project and not there to be type-checked; here, so that loading is timed without it.
+lib = importlib.import_module("onnxruntime_genai")
+
 
 class GenaiSession:
     """A model and a greedy generator. It allocates its keys for the whole of the run's length at once."""
 
     def __init__(self, request: Request) -> None:
-        # Imported by name: it is no dependency of this project, so it is not there to be type-checked.
-        self._lib = lib = importlib.import_module("onnxruntime_genai")
         config = lib.Config(str(request.model))
         threads = {"intra_op_num_threads": request.threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
@@ -24,10 +25,10 @@ class GenaiSession:
         self._last: int | None = None
 
     def _new_generator(self) -> Any:
-        params = self._lib.GeneratorParams(self._model)
+        params = lib.GeneratorParams(self._model)
         # A least length too, so that the end-of-text token of a random model does not end the run.
         params.set_search_options(max_length=self._length, min_length=self._length, do_sample=False)
-        return self._lib.Generator(self._model, params)
+        return lib.Generator(self._model, params)
 
     def reset(self) -> None:
         """Forget the sequence."""

@@ -31,7 +31,7 @@ Run = dict[str, Any]
 def run_tool(tool: Tool, prompt: int, decode: int, threads: int) -> Run:
     """Run a tool once and return its JSON line, with `peak_rss_mb` (MB of 10^6 bytes) and `other_cores` added."""
     options = ["--prompt", prompt, "--decode", decode, "--threads", threads]
-    finished = child.run([tool.python, "-m", tool.module, tool.model, *map(str, options)])
+    finished = child.run([tool.python, "-m", tool.module, tool.model, *map(str, options), *tool.options])
     run: Run = json.loads(finished.stdout.splitlines()[-1])
     return {**run, "peak_rss_mb": finished.peak_rss_bytes / 1e6, "other_cores": finished.other_cores}
 
@@ -70,7 +70,7 @@ def table(summary: dict[str, Any], tools: Sequence[Tool]) -> str:
     for tool in tools:
         cells = [_cell(summary["tools"][tool.name][key], form) for key, _, form, _ in METRICS]
         lines.append(f"| {tool.name} {tool.version} | " + " | ".join(cells) + " |")
-    titles = [f"{title.split(' ')[0] if more else title.rsplit(' ', 1)[0]}" for _, title, _, more in METRICS]
+    titles = [title.removesuffix(" tok/s").removesuffix(" s").removesuffix(" MB") for _, title, _, _ in METRICS]
     wanted = [
         f"{title} ({'more' if more else 'less'} is better)" for title, (*_, more) in zip(titles, METRICS, strict=True)
     ]

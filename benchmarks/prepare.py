@@ -3,26 +3,27 @@
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import child
 from galerne.errors import BackendError
 from galerne.progress import say, step
 
-GALERNE, LLAMA_CPP, GENAI = "galerne", "llama.cpp", "onnxruntime-genai"
+GALERNE, LLAMA_CPP, GENAI = "Galerne", "llama.cpp", "onnxruntime-genai"
 _PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai"}
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool that can run: its name and version, the Python that has it, its module here and its model."""
+    """One tool that can run: its name and version, the Python that has it, its module here, its model, more options."""
 
     name: str
     version: str
     python: Path
     module: str
     model: Path
+    options: tuple[str, ...] = ()
 
 
 def prepare(work: Path, peers_python: Path) -> list[Tool]:
@@ -38,10 +39,13 @@ def prepare(work: Path, peers_python: Path) -> list[Tool]:
     make(work, "engine", "int4-rtn", again=True)
     own = Path(sys.executable)
     tools = [Tool(GALERNE, _version(own, "galerne") or "", own, "benchmarks.peer_galerne", bundle)]
-    if (version := _peer_version(peers_python, LLAMA_CPP)) is not None:
+    if (version := peer_version(peers_python, LLAMA_CPP)) is not None:
         model = make(work, "gguf", "q4_0.gguf")
-        tools.append(Tool(LLAMA_CPP, version, peers_python, "benchmarks.peer_llama_cpp", model))
-    if (version := _peer_version(peers_python, GENAI)) is not None:
+        llama_cpp = Tool(LLAMA_CPP, version, peers_python, "benchmarks.peer_llama_cpp", model)
+        # Twice: it repacks the weights into memory of its own, beside the pages of the file where it maps that.
+        not_mapped = replace(llama_cpp, name=f"{LLAMA_CPP}, not mapped", options=("--not-mapped",))
+        tools += [llama_cpp, not_mapped]
+    if (version := peer_version(peers_python, GENAI)) is not None:
         model = work / "genai"
         if not model.is_dir():
             with step("onnxruntime-genai's builder (about 8 GB of memory)"):
@@ -60,29 +64,24 @@ def make(work: Path, kind: str, name: str, *, again: bool = False) -> Path:
 
 
 def build_genai(python: Path, checkpoint: Path, out: Path) -> child.Finished:
-    """Run onnxruntime-genai's builder at int4 for the CPU, all else as it is by default. `out` appears whole."""
+    """Run onnxruntime-genai's builder at int4 for the CPU, all else by default, and say what it took.
+
+    Its defaults are symmetric blocks of 32 and int8 activations. `out` appears whole.
+
+    Raises: BackendError if the builder fails.
+    """
     staging, cache = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.cache")
     shutil.rmtree(staging, ignore_errors=True)
-    command = [
-        python,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        checkpoint,
-        "-o",
-        staging,
-        "-p",
-        "int4",
-        "-e",
-        "cpu",
-    ]
-    finished = child.run([*command, "-c", cache], cwd=out.parent)
+    command: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    command += ["-i", checkpoint, "-o", staging, "-c", cache]
+    finished = child.run(command, cwd=out.parent)
     os.replace(staging, out)
     shutil.rmtree(cache, ignore_errors=True)
     return finished
 
 
-def _peer_version(python: Path, tool: str) -> str | None:
+def peer_version(python: Path, tool: str) -> str | None:
+    """Return the version of a peer in some Python; None, with a line on stderr, where that Python does not have it."""
     version = _version(python, _PACKAGES[tool])
     if version is None:
         say(f"{tool} is left out: {python} has no {_PACKAGES[tool]}; see benchmarks/README.md")

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from galerne.runtime.manifest import Manifest
+from galerne.runtime.manifest import GraphFacts, Manifest
 from galerne.runtime.ring import Ring
 
 Int64 = npt.NDArray[np.int64]
@@ -52,11 +52,14 @@ class Plan:
 
     sequences: random token ids, [tokens] int64 each. Every case feeds prefixes of them, so that the reference needs one
         pass over each: what stands later does not change what came before.
+    window: the source's. capacity: the full ring's slots.
     """
 
     cases: tuple[Case, ...]
     sequences: tuple[Int64, ...]
-    manifest: Manifest
+    window: int | None
+    capacity: int
+    vocab_size: int
 
     @property
     def longest(self) -> Case:
@@ -66,39 +69,47 @@ class Plan:
 
     def positions(self, case: Case) -> list[Int64]:
         """Return the positions of each row at which logits are compared, ascending."""
-        limit = min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _MOST_LOGITS // self.manifest.model.vocab_size))
-        window, capacity = self.manifest.model.sliding_window or 0, self.manifest.graph.capacity
-        return [_spread(length, limit // len(case.lengths), window, capacity) for length in case.lengths]
+        limit = min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _MOST_LOGITS // self.vocab_size)) // len(case.lengths)
+        return [_spread(length, limit, self.window or 0, self.capacity) for length in case.lengths]
 
 
-def make_plan(manifest: Manifest, *, greedy: bool) -> Plan:
-    """Return the cases for a bundle; `greedy` asks for free generation too."""
-    cases = tuple(_windowed(manifest) if manifest.model.sliding_window else _unwindowed(manifest))
+def make_plan(manifest: Manifest, window: int | None, *, greedy: bool) -> Plan:
+    """Return the cases for a bundle.
+
+    Args:
+        window: the source's, and not the manifest's: a bundle that lost its window must be fed beyond it all the same.
+        greedy: whether to generate freely too.
+    """
+    graph = manifest.graph
+    limit = graph.max_context or 1 << 60
+    cases = tuple(_windowed(graph, window, limit) if window else _unwindowed(graph, limit))
     if greedy:
-        cases += (_greedy(manifest),)
+        # With a window the prompt ends where the generated tokens cross its edge.
+        prompt = min(max(8, (window or 0) - GREEDY_TOKENS // 2), max(1, limit // 2))
+        count = min(GREEDY_TOKENS, limit - prompt + 1)
+        cases += (Case("greedy tokens", ((prompt,),), greedy_tokens=count),)
     rng = np.random.default_rng(_SEED)
     lengths = [0] * max(len(case.lengths) for case in cases)
     for case in cases:
         for row, length in enumerate(case.lengths):
             lengths[row] = max(lengths[row], length)
-    return Plan(cases, tuple(rng.integers(0, manifest.model.vocab_size, length) for length in lengths), manifest)
+    sequences = tuple(rng.integers(0, manifest.model.vocab_size, length) for length in lengths)
+    return Plan(cases, sequences, window, graph.capacity, manifest.model.vocab_size)
 
 
-def _windowed(manifest: Manifest) -> Iterable[Case]:
-    window, graph = manifest.model.sliding_window, manifest.graph
-    assert window is not None
-    limit = graph.max_context or 1 << 60
+def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
     yield from _prompts((window - 1, window, window + 1, 2 * window, 4 * window + 3), limit)
-    yield from _common(manifest, rows=(2 * window + 1, 3, window + 1), chunked=2 * window + graph.chunk + 5)
+    yield from _common(graph, limit, rows=(2 * window + 1, 3, window + 1), chunked=2 * window + graph.chunk + 5)
+    yield from _poisoned(window // 2, limit)
     # Twice around the ring and some more, so that every slot is written three times.
-    yield Case("token by token", ((1,),) * min(2 * graph.capacity + 8, limit))
+    yield Case("token by token", ((1,),) * min(2 * min(graph.capacity, window + graph.chunk) + 8, limit))
 
 
-def _unwindowed(manifest: Manifest) -> Iterable[Case]:
-    graph = manifest.graph
-    limit, chunk = graph.capacity, graph.chunk
-    yield from _prompts((1, chunk - 1, chunk, chunk + 1, 2 * chunk + 3), limit)
-    yield from _common(manifest, rows=(chunk + 3, 3, chunk // 2 + 1), chunked=2 * chunk + 3)
+def _unwindowed(graph: GraphFacts, limit: int) -> Iterable[Case]:
+    chunk = graph.chunk
+    yield from _prompts((1, chunk, chunk + 1, 2 * chunk + 3), limit)
+    yield from _common(graph, limit, rows=(chunk // 2 + 3, 3, chunk // 4 + 1), chunked=chunk + 25)
+    yield from _poisoned(chunk // 2, limit)
     yield Case("token by token", ((1,),) * min(64, limit))
 
 
@@ -107,30 +118,22 @@ def _prompts(lengths: Iterable[int], limit: int) -> Iterable[Case]:
         yield Case(f"prompt of {length}", ((length,),))
 
 
-def _common(manifest: Manifest, *, rows: tuple[int, int, int], chunked: int) -> Iterable[Case]:
-    graph = manifest.graph
-    limit = graph.max_context or 1 << 60
+def _common(graph: GraphFacts, limit: int, *, rows: tuple[int, int, int], chunked: int) -> Iterable[Case]:
     yield Case("uneven chunks", tuple((count,) for count in _uneven(min(chunked, limit), graph.chunk)))
     # A row that gets nothing in a step must keep its place, while padding is written behind it.
     decode = ((1, 1, 1), (1, 0, 1), (0, 1, 1), (1, 1, 0), (2, 1, 3), (1, 1, 1))
     room = limit - max(sum(counts) for counts in zip(*decode, strict=True))
     if room > 0:
         yield Case("rows of different lengths", (tuple(min(length, room) for length in rows), *decode))
-    start = max(1, min((manifest.model.sliding_window or graph.chunk) // 2, limit - 6))
-    poisoned = [(start,), (1,), (1,), (3,), (1,)]
-    if start + 6 <= limit:
-        yield Case("poisoned cache", tuple(poisoned), rings=("full",), poisoned=True)
     small = Ring(graph, 1).capacity
     if small < graph.capacity:  # else the ring never grows
-        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity - small, 2 * small),), (1,)]
+        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity, small + graph.chunk) - small,), (1,)]
         yield Case("grown ring and full ring", _capped(steps, limit), rings=("growing", "full"))
 
 
-def _greedy(manifest: Manifest) -> Case:
-    # With a window the prompt ends where the generated tokens cross its edge.
-    limit = manifest.graph.max_context or 1 << 60
-    prompt = min(max(8, (manifest.model.sliding_window or 0) - GREEDY_TOKENS // 2), max(1, limit // 2))
-    return Case("greedy tokens", ((prompt,),), greedy_tokens=min(GREEDY_TOKENS, limit - prompt + 1))
+def _poisoned(prompt: int, limit: int) -> Iterable[Case]:
+    # Shorter than the ring, so that slots stay poisoned to the end.
+    yield Case("poisoned cache", _capped([(max(1, prompt),), (1,), (1,), (3,), (1,)], limit), rings=("full",), poisoned=True)
 
 
 def _uneven(total: int, chunk: int) -> Iterable[int]:

@@ -40,7 +40,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     recipe = schema.read(Recipe, bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
     row = arithmetic(recipe, engine)
     tolerance = TABLE[row]
-    plan = make_plan(bundle.manifest, greedy=tolerance.greedy)
+    plan = make_plan(bundle.manifest, checkpoint.config.get("sliding_window"), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
         reference = ReferenceRunner(checkpoint, recipe, plan, task.advance)
         candidate = CandidateRunner(bundle, engine, plan, task.advance)
