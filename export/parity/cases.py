@@ -133,7 +133,9 @@ def _common(graph: GraphFacts, limit: int, *, rows: tuple[int, int, int], chunke
 
 def _poisoned(prompt: int, limit: int) -> Iterable[Case]:
     # Shorter than the ring, so that slots stay poisoned to the end.
-    yield Case("poisoned cache", _capped([(max(1, prompt),), (1,), (1,), (3,), (1,)], limit), rings=("full",), poisoned=True)
+    yield Case(
+        "poisoned cache", _capped([(max(1, prompt),), (1,), (1,), (3,), (1,)], limit), rings=("full",), poisoned=True
+    )
 
 
 def _uneven(total: int, chunk: int) -> Iterable[int]:

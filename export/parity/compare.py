@@ -1,6 +1,7 @@
 """Compares what two runners returned, case by case: Polygraphy's comparison, and two measures of the distributions."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,45 +11,49 @@ from polygraphy.logger import G_LOGGER
 
 from galerne.export.parity.cases import Case
 from galerne.export.parity.report import CaseResult
-from galerne.export.parity.tolerances import Tolerance
+from galerne.export.parity.tolerances import Limits
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def compare_case(case: Case, results: RunResults, tolerance: Tolerance, atol: float) -> CaseResult:
+def compare_case(case: Case, results: RunResults, limits: Limits) -> CaseResult:
     """Hold one case's outputs of the candidate against those of the reference.
 
     Args:
         results: of two runners with one iteration each, the reference first.
-        tolerance: the limits on the distributions.
-        atol: the limit on the difference between two logits, in the logits' own unit.
     """
     (_, (reference,)), (_, (candidate,)) = results
     tokens = sum(case.lengths) + case.greedy_tokens
-    # Polygraphy passes over an output that only one side has, so the names are held against each other first.
-    if set(reference) != set(case.outputs) or set(candidate) != set(case.outputs):
-        found = f"outputs: expected {list(case.outputs)}, found {list(reference)} and {list(candidate)}"
-        return CaseResult(case.name, tokens, None, None, 0.0, False, (found,))
-    shapes = {name: (reference[name].shape, candidate[name].shape) for name in case.outputs}
-    if wrong := [f"{name}: shape {other}, expected {shape}" for name, (shape, other) in shapes.items() if shape != other]:
-        return CaseResult(case.name, tokens, None, None, 0.0, False, tuple(wrong))
-    wanted = [reference[name] for name in case.outputs]
-    got = [candidate[name] for name in case.outputs]
+    if wrong := _mismatch(case, reference, candidate):
+        return CaseResult(case.name, tokens, None, None, 0.0, False, (wrong,))
+    wanted = np.concatenate([reference[name] for name in case.outputs])
+    got = np.concatenate([candidate[name] for name in case.outputs])
     if case.greedy_tokens:
-        agreement, mean_kl = float((wanted[0] == got[0]).mean()), None
-        failures = [] if _within(results, 0.0)[0] else [_first_difference(wanted[0], got[0])]
-        return CaseResult(case.name, tokens, None, mean_kl, agreement, not failures, tuple(failures))
-    within, max_abs = _within(results, atol)
-    agreement, mean_kl = top1_agreement(np.concatenate(wanted), np.concatenate(got)), kl(np.concatenate(wanted), np.concatenate(got))
-    failures = []
+        same, _ = _within(results, 0.0)
+        failures = () if same else (_first_difference(wanted, got),)
+        return CaseResult(case.name, tokens, None, None, float((wanted == got).mean()), same, failures)
+    within, max_abs = _within(results, limits.max_abs)
+    mean_kl, agreement = kl(wanted, got), top1_agreement(wanted, got)
+    failures = ()
     if not within:
-        failures.append(f"max_abs {max_abs:.3g} is over {atol:.3g}")
-    if not mean_kl <= tolerance.max_mean_kl:  # and NaN is not
-        failures.append(f"mean_kl {mean_kl:.3g} is over {tolerance.max_mean_kl:.3g}")
-    positions = sum(map(len, wanted))
-    if round((1 - agreement) * positions) > max(1, (1 - tolerance.min_top1_agreement) * positions):
-        failures.append(f"top1_agreement {agreement:.3g} is under {tolerance.min_top1_agreement:.3g}")
-    return CaseResult(case.name, tokens, max_abs, mean_kl, agreement, not failures, tuple(failures))
+        failures += (f"max_abs {max_abs:.3g} is over {limits.max_abs:.3g}",)
+    if not mean_kl <= limits.max_mean_kl:  # as NaN is not
+        failures += (f"mean_kl {mean_kl:.3g} is over {limits.max_mean_kl:.3g}",)
+    if round((1 - agreement) * len(wanted)) > max(1, (1 - limits.min_top1_agreement) * len(wanted)):
+        failures += (f"top1_agreement {agreement:.3g} is under {limits.min_top1_agreement:.3g}",)
+    return CaseResult(case.name, tokens, max_abs, mean_kl, agreement, not failures, failures)
+
+
+def _mismatch(case: Case, reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> str | None:
+    """Say what is wrong with the outputs' names and shapes. Polygraphy itself passes over an output that one side lacks."""
+    for outputs in (reference, candidate):
+        if set(outputs) != set(case.outputs):
+            return f"outputs: expected {', '.join(case.outputs)}, found {', '.join(outputs) or 'none'}"
+    for name in case.outputs:
+        if reference[name].shape != candidate[name].shape:
+            return f"{name}: expected shape {list(reference[name].shape)}, found {list(candidate[name].shape)}"
+    return None
 
 
 def kl(reference: Floats, candidate: Floats) -> float:
@@ -82,9 +87,11 @@ def _within(results: RunResults, atol: float) -> tuple[bool, float]:
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore", over="ignore"):
         accuracy = Comparator.compare_accuracy(results, compare_func=[compare])
     outputs = [output for (iteration,) in accuracy[0].values() for output in iteration.values()]
-    return bool(accuracy), max((float(output.max_absdiff) for output in outputs), key=lambda x: math.inf if math.isnan(x) else x)
+    return bool(accuracy), max(
+        (float(output.max_absdiff) for output in outputs), key=lambda x: math.inf if math.isnan(x) else x
+    )
 
 
-def _first_difference(wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> str:
+def _first_difference(wanted: Array, got: Array) -> str:
     step = int(np.flatnonzero(wanted != got)[0])
     return f"generated token {step} is {got[step]}, the reference's is {wanted[step]}"

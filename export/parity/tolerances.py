@@ -10,30 +10,52 @@ Arithmetic = Literal["float32", "float16", "int8 activations"]
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """What the logits of a case must keep to.
+class Limits:
+    """What the logits of every case must keep to.
 
-    max_abs: the largest difference between two logits. In units of the logits where `relative` is off, else in standard
-        deviations of the reference's logits: those of a random model spread over 0.3, those of a trained one over 5.
+    max_abs: the largest difference between two logits.
     max_mean_kl: the mean over positions of KL(reference, bundle) in nats.
     min_top1_agreement: the share of positions whose likeliest token is the same. One position a case may always differ,
         since two tokens can be as good as equal.
-    greedy: whether 256 tokens of free generation must be the reference's.
+    greedy: whether the tokens of free generation must be the reference's.
     source: where the numbers come from.
     """
 
     max_abs: float
-    relative: bool
     max_mean_kl: float
     min_top1_agreement: float
     greedy: bool
     source: str
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """A row of the table: limits in units of the reference's logits, which spread over 0.2 in a random model and 5 in a trained one.
+
+    max_abs: in standard deviations of the reference's logits.
+    max_abs_logit: in the logits' own unit; where both are given, the smaller one holds.
+    max_mean_kl: in nats for logits of standard deviation 1; the divergence grows with the square of it.
+    """
+
+    max_abs: float
+    max_abs_logit: float | None
+    max_mean_kl: float
+    min_top1_agreement: float
+    greedy: bool
+    source: str
+
+    def limits(self, logits_std: float) -> Limits:
+        """Return the row's limits for logits of a standard deviation."""
+        max_abs = self.max_abs * logits_std
+        if self.max_abs_logit is not None:
+            max_abs = min(max_abs, self.max_abs_logit)
+        return Limits(max_abs, self.max_mean_kl * logits_std**2, self.min_top1_agreement, self.greedy, self.source)
+
+
 TABLE: dict[Arithmetic, Tolerance] = {
-    "float32": Tolerance(1e-3, False, 1e-6, 0.99, True, "TBD"),
-    "float16": Tolerance(0.02, True, 1e-3, 0.9, False, "TBD"),
-    "int8 activations": Tolerance(0.2, True, 1e-2, 0.5, False, "TBD"),
+    "float32": Tolerance(1e-3, 1e-3, 1e-9, 0.99, True, "TBD"),
+    "float16": Tolerance(0.06, None, 3e-6, 0.9, False, "TBD"),
+    "int8 activations": Tolerance(0.3, None, 1e-3, 0.7, False, "TBD"),
 }
 
 
@@ -44,5 +66,5 @@ def arithmetic(recipe: Recipe, engine: str) -> Arithmetic:
     engine widens floats to float32 and multiplies quantized weights with activations rounded to int8.
     """
     if engine == CPU:
-        return "float32" if recipe.weights.bits is None else "int8 activations"
+        return "float32" if recipe.weights.bits is None and recipe.lm_head.bits is None else "int8 activations"
     return "float32" if recipe.compute == "float32" else "float16"

@@ -50,19 +50,16 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     longest = plan.cases.index(plan.longest)
     (_, wanted), (_, got) = results
     logits_std = float(np.std(wanted[longest][plan.longest.outputs[0]]))
-    atol = tolerance.max_abs * (logits_std if tolerance.relative else 1.0)
-    cases = tuple(
-        compare_case(case, result, tolerance, atol) for case, result in zip(plan.cases, results.split(), strict=True)
-    )
+    limits = tolerance.limits(logits_std)
+    cases = tuple(compare_case(case, result, limits) for case, result in zip(plan.cases, results.split(), strict=True))
     return Report(
         passed=all(case.passed for case in cases),
         engine=engine,
         recipe=recipe.description,
         reference=f"transformers {bundle.manifest.model.architecture}, eager attention, float32, weights rounded as the recipe does",
         arithmetic=row,
-        tolerances=tolerance,
         logits_std=logits_std,
-        max_abs=atol,
+        tolerances=limits,
         cases=cases,
         against_source=_against_source(plan, reference, results),
     )

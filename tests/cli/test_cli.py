@@ -153,7 +153,16 @@ def test_a_changed_byte_is_found(bundle: Path) -> None:
 
 def test_json_is_alone_on_stdout(checkpoint_folder: Path, tmp_path: Path) -> None:
     """In a process of its own, since libraries also write to the streams' file descriptors."""
-    command = [sys.executable, "-m", "galerne.cli", "export", str(checkpoint_folder), "--out", str(tmp_path / "b"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "galerne.cli",
+        "export",
+        str(checkpoint_folder),
+        "--out",
+        str(tmp_path / "b"),
+        "--json",
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout)["bundle"] == str(tmp_path / "b")
     assert "trace MistralForCausalLM" in ran.stderr

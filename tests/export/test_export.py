@@ -93,7 +93,10 @@ def test_same_checkpoint_gives_the_same_bytes(checkpoint_folder: Path, tmp_path:
         ({"sliding_window": ...}, "sliding_window: missing; expected an integer or null"),
         ({"rope_parameters": ..., "rope_theta": ...}, "rope_theta: missing; expected a number"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
-        ({"architectures": ["GPT2LMHeadModel"]}, r"\['GPT2LMHeadModel'\] is not supported; supported: Llama.*, Mistral"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"\['GPT2LMHeadModel'\] is not supported; supported: Llama.*, Mistral",
+        ),
         ({"architectures": ...}, "is not supported; supported"),
         ({"hidden_size": "128"}, "hidden_size: expected a positive integer, found '128'"),
         ({"rms_norm_eps": ...}, "rms_norm_eps: missing"),
@@ -133,7 +136,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
     )
     model = MistralForCausalLM(config)
     with torch.no_grad():

@@ -20,7 +20,9 @@ Bundles = Callable[[str], Bundle]
 
 @pytest.fixture(scope="module")
 def reference(checkpoint_folder: Path) -> MistralForCausalLM:
-    return MistralForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return MistralForCausalLM.from_pretrained(
+        checkpoint_folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,9 @@ def test_engine_for_another_machine_gives_way(
 ) -> None:
     record = dataclasses.replace(load_record(built, "cpu"), **change)  # type: ignore[arg-type]
     built.file(f"engines/cpu/{RECORD}").write_bytes(record.to_json())
-    changed = built.with_files("engines/cpu", [name for name in built.manifest.files if name.startswith("engines/cpu/")])
+    changed = built.with_files(
+        "engines/cpu", [name for name in built.manifest.files if name.startswith("engines/cpu/")]
+    )
     with pytest.raises(BackendError, match=message):
         open_engine(changed, "cpu")
     with caplog.at_level(logging.WARNING):
@@ -76,7 +78,9 @@ def test_engine_of_other_weights_is_refused(built: Bundle) -> None:
     record = load_record(built, "cpu")
     record = dataclasses.replace(record, inputs={**record.inputs, "weights.bin": "0" * 64})
     built.file(f"engines/cpu/{RECORD}").write_bytes(record.to_json())
-    changed = built.with_files("engines/cpu", [name for name in built.manifest.files if name.startswith("engines/cpu/")])
+    changed = built.with_files(
+        "engines/cpu", [name for name in built.manifest.files if name.startswith("engines/cpu/")]
+    )
     with pytest.raises(InputError, match=r"built from weights.bin 000000000000…, but the bundle's is"):
         open_engine(changed, "cpu")
 

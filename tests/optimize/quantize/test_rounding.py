@@ -51,12 +51,16 @@ def test_onnx_runtime_reads_the_same_weights(bits: int, block: int) -> None:
         (pack_int4(np.ascontiguousarray(values.T)) if bits == 4 else np.ascontiguousarray(values.T)).tobytes(),
         raw=True,
     )
-    scales = onnx.numpy_helper.from_array(scale.T.astype(np.float32) if bits == 4 else scale[:, 0].astype(np.float32), "s")
+    scales = onnx.numpy_helper.from_array(
+        scale.T.astype(np.float32) if bits == 4 else scale[:, 0].astype(np.float32), "s"
+    )
     attributes = {"axis": 0, "block_size": block} if bits == 4 else {"axis": 1}
     node = helper.make_node("DequantizeLinear", ["w", "s"], ["y"], **attributes)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [256, 6])
     model = helper.make_model(
-        helper.make_graph([node], "g", [], [output], [stored, scales]), opset_imports=[helper.make_opsetid("", 24)], ir_version=11
+        helper.make_graph([node], "g", [], [output], [stored, scales]),
+        opset_imports=[helper.make_opsetid("", 24)],
+        ir_version=11,
     )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {})[0].T, dequantize(values, scale))
