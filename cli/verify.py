@@ -1,5 +1,6 @@
 """`galerne verify`: parity against the PyTorch source."""
 
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -36,9 +37,10 @@ def verify(
         html.write_text(to_html(report), encoding="utf-8")
     rows = [["case", "tokens", "max abs", "mean KL", "top-1", "passed"]]
     for case in report.cases:
-        figures = [str(case.tokens), f"{case.max_abs:.2e}", f"{case.mean_kl:.2e}", f"{case.top1_agreement:.4f}"]
-        rows.append([case.name, *figures, "yes" if case.passed else "NO"])
-    emit(json, report.to_dict(), table(rows))
+        figures = ["-" if figure is None else f"{figure:.2e}" for figure in (case.max_abs, case.mean_kl)]
+        agreement = "-" if case.top1_agreement is None else f"{case.top1_agreement:.4f}"
+        rows.append([case.name, str(case.tokens), *figures, agreement, "yes" if case.passed else "NO"])
+    emit(json, loads(report.to_json()), table(rows))
     if not report.passed:
         failed = ", ".join(case.name for case in report.cases if not case.passed)
         raise CheckFailed(f"{bundle}: {engine} does not match its source: {failed}")

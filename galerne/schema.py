@@ -5,6 +5,7 @@ missing one or a value of the wrong type in the same words.
 """
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -39,6 +40,29 @@ def read(cls: type[T], data: object, where: str) -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: missing key {name!r}")
     return cls(**values)
+
+
+def read_json(cls: type[T], data: bytes, where: str, version: int, remedy: str) -> T:
+    """Build a dataclass from JSON that carries a `schema_version`.
+
+    Args:
+        version: the one that this code reads.
+        remedy: what to do about a file of another version, such as how to make it anew.
+    Raises: InputError if it is no JSON, of another version, or as `read` says.
+    """
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise InputError(f"{where}: not JSON ({exc}); {remedy}") from exc
+    found = tree.get("schema_version") if isinstance(tree, dict) else None
+    if found != version:
+        raise InputError(f"{where}: schema_version: expected {version}, found {found!r}; {remedy}")
+    return read(cls, tree, where)
+
+
+def to_json(record: Any) -> bytes:
+    """Return a dataclass as UTF-8 JSON; the same record gives the same bytes."""
+    return (json.dumps(dataclasses.asdict(record), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -3,13 +3,10 @@
 The manifest is the bundle's only index: a file that it does not list is not part of the bundle.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from galerne import schema
-from galerne.errors import InputError
 
 SCHEMA_VERSION = 1
 
@@ -108,7 +105,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the manifest as UTF-8 JSON; the same manifest gives the same bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+        return schema.to_json(self)
 
 
 def parse(data: bytes, where: str) -> Manifest:
@@ -116,14 +113,6 @@ def parse(data: bytes, where: str) -> Manifest:
 
     Raises: InputError if it is no JSON, of another schema version, or a field is missing, unknown or of the wrong type.
     """
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{where}: not JSON ({exc})") from exc
-    version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{where}: schema_version: expected {SCHEMA_VERSION}, found {version!r}; export the bundle again with this "
-            "version of Galerne"
-        )
-    return schema.read(Manifest, tree, where)
+    return schema.read_json(
+        Manifest, data, where, SCHEMA_VERSION, "export the bundle again with this version of Galerne"
+    )

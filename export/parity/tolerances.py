@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A row of the table: limits in units of the reference's logits, which spread over 0.2 in a random model and 5 in a trained one.
+    """A row of the table, in units of the reference's logits: their spread is 0.2 in a random model and 5 in a trained one.
 
     max_abs: in standard deviations of the reference's logits.
     max_abs_logit: in the logits' own unit; where both are given, the smaller one holds.

@@ -3,14 +3,14 @@
 from collections import OrderedDict
 
 import numpy as np
-from polygraphy.comparator import Comparator, RunResults
+from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 from galerne import schema
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.candidate import CandidateRunner
-from galerne.export.parity.cases import Plan, make_plan
+from galerne.export.parity.cases import make_plan
 from galerne.export.parity.compare import compare_case, kl, top1_agreement
 from galerne.export.parity.reference import ReferenceRunner
 from galerne.export.parity.report import AgainstSource, Report
@@ -47,21 +47,23 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout
             results = Comparator.run([reference, candidate], data_loader=feeds)
-    longest = plan.cases.index(plan.longest)
-    (_, wanted), (_, got) = results
-    logits_std = float(np.std(wanted[longest][plan.longest.outputs[0]]))
+    wanted, got = (iterations[plan.cases.index(plan.longest)][plan.longest.outputs[0]] for _, iterations in results)
+    logits_std = float(np.std(wanted))
+    source = reference.source_logits
     limits = tolerance.limits(logits_std)
     cases = tuple(compare_case(case, result, limits) for case, result in zip(plan.cases, results.split(), strict=True))
     return Report(
         passed=all(case.passed for case in cases),
         engine=engine,
         recipe=recipe.description,
-        reference=f"transformers {bundle.manifest.model.architecture}, eager attention, float32, weights rounded as the recipe does",
+        reference=f"transformers {bundle.manifest.model.architecture}: eager attention, float32, weights rounded by the recipe",
         arithmetic=row,
         logits_std=logits_std,
         tolerances=limits,
         cases=cases,
-        against_source=_against_source(plan, reference, results),
+        against_source=AgainstSource(
+            plan.longest.name, float(np.abs(source - got).max()), kl(source, got), top1_agreement(source, got)
+        ),
     )
 
 
@@ -77,11 +79,3 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
                 f"{bundle.path} was made from another checkpoint than {checkpoint.path}: {name}: expected {expected}, found "
                 f"{found}; give the one it was made from, or export again"
             )
-
-
-def _against_source(plan: Plan, reference: ReferenceRunner, results: RunResults) -> AgainstSource:
-    _, (_, got) = results
-    logits = got[plan.cases.index(plan.longest)][plan.longest.outputs[0]]
-    source = reference.source_logits
-    worst = float(np.abs(source - logits).max())
-    return AgainstSource(plan.longest.name, worst, kl(source, logits), top1_agreement(source, logits))

@@ -1,7 +1,5 @@
 """What `engines/NAME/engine.json` holds: how an engine was built, and from which bytes."""
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +10,8 @@ from galerne.runtime.bundle import ENGINES, GRAPH, MANIFEST, Bundle
 
 SCHEMA_VERSION = 1
 RECORD = "engine.json"
+
+_REMEDY = "build the engine again with this version of Galerne and --force"
 
 Parity = Literal["passed", "failed", "none"]
 
@@ -54,7 +54,7 @@ class EngineRecord:
 
     def to_json(self) -> bytes:
         """Return the record as UTF-8 JSON; the same record gives the same bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return schema.to_json(self)
 
 
 def parse(data: bytes, where: str) -> EngineRecord:
@@ -62,17 +62,9 @@ def parse(data: bytes, where: str) -> EngineRecord:
 
     Raises: InputError if it is no JSON, of another schema version, or a field is missing, unknown or of the wrong form.
     """
-    try:
-        tree = json.loads(data)
-    except ValueError as exc:
-        raise InputError(f"{where}: not JSON ({exc}); build the engine again with --force") from exc
-    version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{where}: schema_version: expected {SCHEMA_VERSION}, found {version!r}; build the engine again with this "
-            "version of Galerne and --force"
-        )
-    record = schema.read(EngineRecord, tree, where)
+    record = schema.read_json(
+        EngineRecord, data, where, SCHEMA_VERSION, "build the engine again with this version of Galerne and --force"
+    )
     for i, profile in enumerate(record.profiles):
         for name, sizes in (("batch", profile.batch), ("tokens", profile.tokens)):
             if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
