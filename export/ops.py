@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normed: Tensor = wide * scale * weight.float()
-    return normed.to(x.dtype)
+    result: Tensor = normed.to(x.dtype)
+    return result
 
 
 @torch.library.custom_op("galerne::rotate", mutates_args=())
@@ -28,7 +29,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of each head, in float32: x [B, H, S, D], cos and sin [B, S, D/2] float32."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    rotated: Tensor = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
 @torch.library.custom_op("galerne::split_heads", mutates_args=())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ transformers_logging.disable_progress_bar()
 WINDOW, CHUNK = 16, 8
 
 
-def save_mistral(folder: Path, **changes: object) -> Path:
+def save_mistral(folder: Path, **changes: Any) -> Path:
     """Save a random Mistral that fits in a second of CPU time."""
     torch.manual_seed(0)
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 160,
         "num_hidden_layers": 2,

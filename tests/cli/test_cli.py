@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,10 +59,10 @@ def test_each_error_has_its_exit_status(error: type[Exception], status: int, mon
 
 
 def test_our_own_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "app", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(main, "app", lambda *_, **__: os.environ["MISSING"])
     ran = Ran("targets")
     assert ran.status == 70
-    assert "KeyError: 'missing'" in ran.err
+    assert "KeyError: 'MISSING'" in ran.err
     assert "bug in Galerne" in ran.err
 
 

@@ -53,7 +53,7 @@ def check(shape: dict[str, Any], chunk: int, llama: bool) -> None:
         bundle = export(open_checkpoint(source), recipe.load("fp32"), Path(folder) / "bundle", chunk=chunk)
         report = verify(bundle, open_checkpoint(source))
     assert report.passed, [case for case in report.cases if not case.passed]
-    assert max(case.max_abs for case in report.cases) <= 1e-3
+    assert max(case.max_abs for case in report.cases if case.max_abs is not None) <= 1e-3
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -1,5 +1,7 @@
 """Rounding against its definition, and against ONNX Runtime's own DequantizeLinear."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -54,7 +56,7 @@ def test_onnx_runtime_reads_the_same_weights(bits: int, block: int) -> None:
     scales = onnx.numpy_helper.from_array(
         scale.T.astype(np.float32) if bits == 4 else scale[:, 0].astype(np.float32), "s"
     )
-    attributes = {"axis": 0, "block_size": block} if bits == 4 else {"axis": 1}
+    attributes: dict[str, Any] = {"axis": 0, "block_size": block} if bits == 4 else {"axis": 1}
     node = helper.make_node("DequantizeLinear", ["w", "s"], ["y"], **attributes)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [256, 6])
     model = helper.make_model(

@@ -1,0 +1,82 @@
+"""Bundles of a faulty exporter must be told apart: each claims the right source and recipe, and computes something else."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+
+import galerne.export.export
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.checkpoint.safetensors_folder import SafetensorsCheckpoint
+from galerne.export.export import export
+from galerne.export.families.registry import read_spec
+from galerne.export.parity.verify import verify
+from galerne.export.spec import DecoderSpec
+from galerne.optimize.quantize import recipe
+from galerne.runtime.bundle import Bundle
+
+WINDOW, CHUNK = 12, 8
+PRECISIONS = ["fp32", "fp16", "int4-rtn"]
+
+FaultySpec = Callable[..., None]
+
+
+class SwappedKeysAndValues(SafetensorsCheckpoint):
+    """A checkpoint that gives keys for values and values for keys."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return the other tensor."""
+        other = {".k_proj.": ".v_proj.", ".v_proj.": ".k_proj."}
+        for part, wrong in other.items():
+            if part in name:
+                return super().read(name.replace(part, wrong))
+        return super().read(name)
+
+
+@pytest.fixture
+def faulty_spec(monkeypatch: pytest.MonkeyPatch) -> FaultySpec:
+    """Make the exporter misread a config."""
+
+    def plant(**changes: Any) -> None:
+        def misread(config: dict[str, Any], where: str) -> DecoderSpec:
+            return dataclasses.replace(read_spec(config, where), **changes)
+
+        monkeypatch.setattr(galerne.export.export, "read_spec", misread)
+
+    return plant
+
+
+def _failed(bundle: Bundle, checkpoint: Checkpoint) -> set[str]:
+    report = verify(bundle, checkpoint)
+    failed = {case.name for case in report.cases if not case.passed}
+    assert report.passed == (not failed)
+    return failed
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1, None])
+def test_wrong_window(
+    shallow: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str, window: int | None
+) -> None:
+    faulty_spec(sliding_window=window)
+    failed = _failed(export(shallow, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
+    # Prompts inside of both windows cannot tell, which is how this fault ships.
+    assert "prompt of 11" not in failed
+    assert {"prompt of 13", "prompt of 24", "prompt of 51", "uneven chunks", "token by token"} <= failed
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_wrong_rope_theta(shallow: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str) -> None:
+    faulty_spec(rope_theta=1e6)
+    failed = _failed(export(shallow, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
+    assert {"prompt of 11", "prompt of 51", "rows of different lengths", "token by token"} <= failed
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_keys_and_values_swapped(shallow: Checkpoint, tmp_path: Path, name: str) -> None:
+    swapped = SwappedKeysAndValues(shallow.path)
+    failed = _failed(export(swapped, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
+    assert {"prompt of 11", "prompt of 51", "rows of different lengths", "token by token"} <= failed
