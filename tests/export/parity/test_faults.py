@@ -18,7 +18,7 @@ from galerne.export.spec import DecoderSpec
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 
-WINDOW, CHUNK = 12, 8
+WINDOW, CHUNK = 16, 8
 PRECISIONS = ["fp32", "fp16", "int4-rtn"]
 
 FaultySpec = Callable[..., None]
@@ -59,24 +59,24 @@ def _failed(bundle: Bundle, checkpoint: Checkpoint) -> set[str]:
 @pytest.mark.parametrize("name", PRECISIONS)
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1, None])
 def test_wrong_window(
-    shallow: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str, window: int | None
+    mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str, window: int | None
 ) -> None:
     faulty_spec(sliding_window=window)
-    failed = _failed(export(shallow, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
+    failed = _failed(export(mistral, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), mistral)
     # Prompts inside of both windows cannot tell, which is how this fault ships.
-    assert "prompt of 11" not in failed
-    assert {"prompt of 13", "prompt of 24", "prompt of 51", "uneven chunks", "token by token"} <= failed
+    assert "prompt of 15" not in failed
+    assert {"prompt of 17", "prompt of 32", "prompt of 67", "uneven chunks", "token by token"} <= failed
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_wrong_rope_theta(shallow: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str) -> None:
+def test_wrong_rope_theta(mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str) -> None:
     faulty_spec(rope_theta=1e6)
-    failed = _failed(export(shallow, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
-    assert {"prompt of 11", "prompt of 51", "rows of different lengths", "token by token"} <= failed
+    failed = _failed(export(mistral, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), mistral)
+    assert {"prompt of 15", "prompt of 67", "rows of different lengths", "token by token"} <= failed
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_keys_and_values_swapped(shallow: Checkpoint, tmp_path: Path, name: str) -> None:
-    swapped = SwappedKeysAndValues(shallow.path)
-    failed = _failed(export(swapped, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), shallow)
-    assert {"prompt of 11", "prompt of 51", "rows of different lengths", "token by token"} <= failed
+def test_keys_and_values_swapped(mistral: Checkpoint, tmp_path: Path, name: str) -> None:
+    swapped = SwappedKeysAndValues(mistral.path)
+    failed = _failed(export(swapped, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), mistral)
+    assert {"prompt of 15", "prompt of 67", "rows of different lengths", "token by token"} <= failed
