@@ -60,8 +60,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         """Return the case's outputs by name; one pass over a sequence serves all cases."""
         start = time.perf_counter()
         case = self._plan.cases[int(feed_dict["case"][0])]
-        with np.errstate(all="ignore"):
-            result = self._tokens(case) if case.greedy_tokens else self._rows(case)
+        result = self._tokens(case) if case.greedy_tokens else self._rows(case)
         self.inference_time = time.perf_counter() - start
         self._advance()
         return OrderedDict((name, result) for name in case.outputs)
@@ -99,14 +98,14 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
         folder, extra = folder.parent, {"gguf_file": folder.name}
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **extra
             )
     except Exception as exc:
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise InputError(f"{checkpoint.path}: transformers cannot load it ({reason})") from exc
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def round_weights(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -146,7 +145,8 @@ def logits_at(model: PreTrainedModel, tokens: Int64, positions: Int64) -> Float3
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prompt: Int64, count: int) -> Int64:
     """Return the `count` likeliest tokens after a prompt, each fed back through transformers' own cache."""
-    cache, tokens = DynamicCache(config=model.config), []
+    cache = DynamicCache(config=model.config)
+    tokens: list[int] = []
     fed = torch.from_numpy(prompt[None].copy())
     while len(tokens) < count:
         for part in fed.split(_MOST_TOKENS, dim=1):

@@ -18,6 +18,15 @@ CASES = (
 )
 
 
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
 @pytest.fixture
 def report() -> Report:
     """A report with a case of each kind."""
@@ -40,12 +49,9 @@ def test_page_needs_nothing_else_and_escapes(report: Report) -> None:
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
     assert "<b>" not in page and "floats &lt;b&gt;" in page
     assert "max_abs nan is over &lt;0.001&gt;" in page
-    text: list[str] = []
-    parser = HTMLParser()
-    parser.handle_data = text.append  # type: ignore[method-assign]
-    parser.feed(page)
-    for case in CASES:
-        assert case.name in text
+    reader = _Text()
+    reader.feed(page)
+    assert {case.name for case in CASES} <= set(reader.text)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,6 @@ def test_row_of_the_table(name: str, engine: str, row: str) -> None:
     assert arithmetic(recipe.load(name), engine) == row
 
 
-@pytest.mark.parametrize(("logits_std", "max_abs"), [(0.1, 1e-4), (1.0, 1e-3), (5.0, 1e-3)])
+@pytest.mark.parametrize(("logits_std", "max_abs"), [(0.1, 5e-5), (1.0, 5e-4), (5.0, 1e-3)])
 def test_float32_never_passes_a_thousandth(logits_std: float, max_abs: float) -> None:
     assert TABLE["float32"].limits(logits_std).max_abs == pytest.approx(max_abs)

@@ -14,6 +14,7 @@ from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.model import Model
 
+EMBEDDING = "model.embed_tokens.weight"
 IDS = np.random.default_rng(3).integers(0, 501, 60)
 
 
@@ -42,9 +43,9 @@ def test_greedy_follows_the_likeliest(mistral: Checkpoint) -> None:
 
 def test_rounding_unties_a_quantized_head(llama: Checkpoint) -> None:
     model = load(llama)
-    source = model.get_input_embeddings().weight.detach().clone()
+    source = model.get_parameter(EMBEDDING).detach().clone()
     round_weights(model, recipe.load("int4-rtn"))
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    table, head = model.get_parameter(EMBEDDING), model.get_parameter("lm_head.weight")
     assert torch.equal(table, source.half().float())
     assert not torch.equal(head, table)
     assert len(torch.unique(head[0])) <= 255 and torch.allclose(head, source, atol=float(source.abs().max()) / 127)
@@ -56,7 +57,7 @@ def test_rounding_keeps_float32_and_ties(llama: Checkpoint) -> None:
     model, untouched = load(llama), load(llama)
     round_weights(model, recipe.load("fp32"))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), untouched.parameters(), strict=True))
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_parameter("lm_head.weight") is model.get_parameter(EMBEDDING)
 
 
 def test_poison_reaches_the_engine(bundle_of: Callable[[str], Bundle]) -> None:
