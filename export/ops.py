@@ -20,8 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normed: Tensor = wide * scale * weight.float()
-    result: Tensor = normed.to(x.dtype)
-    return result
+    return normed.to(x.dtype)
 
 
 @torch.library.custom_op("galerne::rotate", mutates_args=())
@@ -36,7 +35,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.custom_op("galerne::split_heads", mutates_args=())
 def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     """[B, S, H*D] to [B, H, S, D]."""
-    return x.unflatten(-1, (heads, head_dim)).transpose(1, 2).contiguous()
+    split: Tensor = x.unflatten(-1, (heads, head_dim))
+    return split.transpose(1, 2).contiguous()
 
 
 @torch.library.custom_op("galerne::merge_heads", mutates_args=())

@@ -108,8 +108,8 @@ def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
 def _unwindowed(graph: GraphFacts, limit: int) -> Iterable[Case]:
     chunk = graph.chunk
     yield from _prompts((1, chunk, chunk + 1, 2 * chunk + 3), limit)
-    yield from _common(graph, limit, rows=(chunk // 2 + 3, 3, chunk // 4 + 1), chunked=chunk + 25)
-    yield from _poisoned(chunk // 2, limit)
+    yield from _common(graph, limit, rows=(chunk // 4 + 3, 3, chunk // 8 + 1), chunked=chunk + 25)
+    yield from _poisoned(chunk // 8, limit)
     yield Case("token by token", ((1,),) * min(64, limit))
 
 
@@ -127,7 +127,7 @@ def _common(graph: GraphFacts, limit: int, *, rows: tuple[int, int, int], chunke
         yield Case("rows of different lengths", (tuple(min(length, room) for length in rows), *decode))
     small = Ring(graph, 1).capacity
     if small < graph.capacity:  # else the ring never grows
-        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity, small + graph.chunk) - small,), (1,)]
+        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity - small, 16),), (1,)]
         yield Case("grown ring and full ring", _capped(steps, limit), rings=("growing", "full"))
 
 

@@ -20,9 +20,11 @@ Bundles = Callable[[str], Bundle]
 
 @pytest.fixture(scope="module")
 def reference(checkpoint_folder: Path) -> MistralForCausalLM:
-    return MistralForCausalLM.from_pretrained(
+    model: MistralForCausalLM = MistralForCausalLM.from_pretrained(
         checkpoint_folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
