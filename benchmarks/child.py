@@ -13,6 +13,8 @@ from pathlib import Path
 from galerne.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[1]
+QUIET_CORES = 0.1  # what others may keep busy on a machine that counts as quiet
+_QUIET_S = 2.0
 _STAT = Path("/proc/stat")
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -66,13 +68,24 @@ def busy_seconds() -> float | None:
     return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until_quiet(patience_s: float, *, cores: float = 0.1) -> None:
-    """Wait until everything on the machine keeps fewer than `cores` busy over two seconds, or patience runs out."""
+def run_quietly(command: Sequence[str | Path], patience_s: float) -> Finished:
+    """Wait for a quiet machine and run a command, again while others disturb it; after `patience_s` seconds take what comes.
+
+    What decides is how busy others were, never how long the command took. Raises: BackendError as `run` does.
+    """
     deadline = time.monotonic() + patience_s
+    while True:
+        _wait_until_quiet(deadline)
+        finished = run(command)
+        if (finished.other_cores or 0.0) <= QUIET_CORES or time.monotonic() >= deadline:
+            return finished
+
+
+def _wait_until_quiet(deadline: float) -> None:
     while time.monotonic() < deadline:
         before = busy_seconds()
         if before is None:
             return
-        time.sleep(2.0)
-        if ((busy_seconds() or 0.0) - before) / 2.0 < cores:
+        time.sleep(_QUIET_S)
+        if ((busy_seconds() or 0.0) - before) / _QUIET_S <= QUIET_CORES:
             return

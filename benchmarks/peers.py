@@ -28,10 +28,11 @@ METRICS = (
 Run = dict[str, Any]
 
 
-def run_tool(tool: Tool, prompt: int, decode: int, threads: int) -> Run:
-    """Run a tool once and return its JSON line, with `peak_rss_mb` (MB of 10^6 bytes) and `other_cores` added."""
-    options = ["--prompt", prompt, "--decode", decode, "--threads", threads]
-    finished = child.run([tool.python, "-m", tool.module, tool.model, *map(str, options), *tool.options])
+def run_tool(tool: Tool, patience_s: float, *, prompt: int, decode: int, threads: int) -> Run:
+    """Run a tool and return its JSON line, with `peak_rss_mb` (MB of 10^6 bytes) and `other_cores` added."""
+    sizes = ["--prompt", str(prompt), "--decode", str(decode), "--threads", str(threads)]
+    command = [str(tool.python), "-m", tool.module, str(tool.model), *sizes, *tool.options]
+    finished = child.run_quietly(command, patience_s)
     run: Run = json.loads(finished.stdout.splitlines()[-1])
     return {**run, "peak_rss_mb": finished.peak_rss_bytes / 1e6, "other_cores": finished.other_cores}
 
@@ -43,8 +44,7 @@ def run_rounds(tools: Sequence[Tool], rounds: int, patience_s: float, **request:
         turn = i % len(tools)
         runs = {}
         for tool in (*tools[turn:], *tools[:turn]):
-            child.wait_until_quiet(patience_s)
-            runs[tool.name] = run = run_tool(tool, **request)
+            runs[tool.name] = run = run_tool(tool, patience_s, **request)
             shown = ", ".join(f"{title} {form.format(run[key])}" for key, title, form, _ in METRICS)
             say(f"round {i + 1}, {tool.name}: {shown}; others kept {_cores(run['other_cores'])} busy")
         results.append(runs)
@@ -102,7 +102,7 @@ def main() -> int:
         type=float,
         default=0.0,
         metavar="S",
-        help="wait up to S seconds for a quiet machine before each run",
+        help="wait up to S seconds for a run that nothing else disturbs",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from galerne.runtime.model import Model
 from galerne.runtime.tokenizer import Tokenizer
 from galerne.targets import target
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-mistral"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-mistral"
 Examples = Callable[[str, str], Bundle]
 
 
