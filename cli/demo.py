@@ -5,16 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from galerne.cli.output import Json, emit
 from galerne.errors import CheckFailed, InputError
 from galerne.progress import say
-
-if TYPE_CHECKING:
-    from galerne.runtime.bundle import Bundle
 
 _QUESTION = "What is the capital of France?"
 _CODE = "def read_lines(path):\n"
@@ -38,37 +35,34 @@ def demo(
     if not tiny.is_dir():
         raise InputError(f"{tiny}: no such folder; run the demo in the repository's root, or give --examples")
     with staged_folder(out, replace=True) as folder:
+
+        def galerne(*args: str) -> None:
+            """Run a subcommand in a process of its own, as a user would: its memory is its own, and shows as such."""
+            command = [sys.executable, "-m", "galerne.cli", *args]
+            result = subprocess.run(command, cwd=folder, stdout=sys.stderr if json else None)
+            if result.returncode:
+                raise CheckFailed(f"galerne {' '.join(args)}: exit status {result.returncode}")
+
+        def export_and_verify(checkpoint: Path, bundle: str, precision: str) -> None:
+            source = str(checkpoint.resolve())
+            galerne("export", source, "--out", bundle, "--precision", precision)
+            galerne("verify", bundle, "--source", source)
+
         for precision in ("fp32", "int4"):
             say(f"\n== tiny-mistral (window 128) to {precision}")
-            _export_and_verify(tiny, folder / f"tiny-mistral-{precision}", precision)
+            export_and_verify(tiny, f"tiny-mistral-{precision}", precision)
         say("\n== SmolLM2-135M-Instruct to int4")
-        bundle = _export_and_verify(chat, folder / "smollm2-int4", "int4")
+        export_and_verify(chat, "smollm2-int4", "int4")
         say("\n== its cpu engine")
-        _galerne("build", str(bundle.path), "--target", "cpu")
+        galerne("build", "smollm2-int4", "--target", "cpu")
         say(f"\n== tiny-mistral goes on from {_CODE!r}")
-        tiny_args = ["--prompt", _CODE, "--max-new-tokens", "60"]
-        _galerne("generate", str(folder / "tiny-mistral-int4"), *tiny_args, to_stderr=json)
+        galerne("generate", "tiny-mistral-int4", "--prompt", _CODE, "--max-new-tokens", "60")
         say(f"\n== SmolLM2, asked: {_QUESTION}")
-        _galerne("generate", str(bundle.path), "--chat", _QUESTION, to_stderr=json)
+        galerne("generate", "smollm2-int4", "--chat", _QUESTION)
     seconds = time.perf_counter() - start
     emit(
         json, {"out": str(out), "seconds": seconds}, f"\nThe bundles are in {out}; the whole way took {seconds:.0f} s."
     )
-
-
-def _export_and_verify(checkpoint: Path, out: Path, precision: str) -> "Bundle":
-    from galerne.runtime.bundle import Bundle
-
-    _galerne("export", str(checkpoint), "--out", str(out), "--precision", precision, to_stderr=True)
-    _galerne("verify", str(out), "--source", str(checkpoint), to_stderr=True)
-    return Bundle.open(out)
-
-
-def _galerne(*args: str, to_stderr: bool = False) -> None:
-    """Run a subcommand in a process of its own, as a user would: its memory is its own, and shows as such."""
-    result = subprocess.run([sys.executable, "-m", "galerne.cli", *args], stdout=sys.stderr if to_stderr else None)
-    if result.returncode:
-        raise CheckFailed(f"galerne {' '.join(args)}: exit status {result.returncode}")
 
 
 def smollm2() -> Path:
