@@ -68,7 +68,7 @@ def make_fp16_bundle(checkpoint: Path, out: Path) -> None:
 def make_engine(_: Path, out: Path) -> None:
     """Build the `cpu` engine into a bundle, anew where the one that is there does not fit this machine."""
     from galerne.errors import GalerneError
-    from galerne.optimize.build.build import build
+    from galerne.optimize.builders.build import build
     from galerne.runtime.bundle import Bundle
     from galerne.runtime.engines.select import open_engine
     from galerne.targets import target as targets

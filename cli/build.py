@@ -22,7 +22,7 @@ def build(
     json: Json = False,
 ) -> None:
     """Build the engine for a target into the bundle, without a GPU where TensorRT-RTX allows it."""
-    from galerne.optimize.build.build import build as run
+    from galerne.optimize.builders.build import build as run
     from galerne.runtime.bundle import ENGINES, Bundle
     from galerne.runtime.engines.record import load_record
     from galerne.targets.target import load

@@ -11,7 +11,7 @@ from galerne.cli.demo import smollm2
 from galerne.errors import BackendError, InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
-from galerne.optimize.build.build import build
+from galerne.optimize.builders.build import build
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.chat import ChatTemplate

@@ -14,7 +14,7 @@ from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.parity.report import Report
 from galerne.export.parity.verify import verify
-from galerne.optimize.build.build import build
+from galerne.optimize.builders.build import build
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 from galerne.targets import target

@@ -36,11 +36,11 @@ def build(bundle: Bundle, target: Target, *, force: bool = False) -> Bundle:
 def _builder(target: Target) -> Builder:
     """Import the builder of the target's backend: each brings a library that may be missing."""
     if target.backend == "onnxruntime":
-        from galerne.optimize.build.ort_cpu import build_ort_cpu
+        from galerne.optimize.builders.ort_cpu import build_ort_cpu
 
         return build_ort_cpu
     if target.backend == "tensorrt_rtx":
-        from galerne.optimize.build.tensorrt_rtx import build_tensorrt_rtx
+        from galerne.optimize.builders.tensorrt_rtx import build_tensorrt_rtx
 
         return build_tensorrt_rtx
     raise InputError(f"target {target.name}: no builder for its backend {target.backend!r} in this version of Galerne")

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from galerne.errors import BackendError, InputError
-from galerne.optimize.build import tensorrt_rtx as builder
+from galerne.optimize.builders import tensorrt_rtx as builder
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import Bundle, entry_of
 from galerne.runtime.engines.record import EngineRecord
@@ -334,7 +334,7 @@ def test_what_is_no_engine_is_told_from_one(tmp_path: Path) -> None:
 @rtx
 @pytest.mark.usefixtures("trt")
 def test_ctrl_c_cancels_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from galerne.optimize.build import tensorrt_hooks as hooks
+    from galerne.optimize.builders import tensorrt_hooks as hooks
 
     def interrupt(self: hooks.Monitor, phase: str, parent: str | None, steps: int) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from galerne.errors import BackendError, InputError
-from galerne.optimize.build.build import build
+from galerne.optimize.builders.build import build
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines.record import RECORD, load_record
 from galerne.runtime.engines.select import open_engine

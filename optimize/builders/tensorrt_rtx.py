@@ -69,7 +69,7 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
         raise InputError(f"{bundle.file(GRAPH)}: not an ONNX graph ({exc}); export the bundle again") from exc
     _check_target(model, bundle, target)
     trt = _import()
-    hooks = importlib.import_module("galerne.optimize.build.tensorrt_hooks")
+    hooks = importlib.import_module("galerne.optimize.builders.tensorrt_hooks")
     capability = _capability(trt, target)
     facts = bundle.manifest.graph
     options = lower(model, facts.capacity, facts.compute_type)
@@ -126,7 +126,7 @@ def inspect_engine(path: Path) -> EngineFile:
         InputError if there is no such file.
     """
     trt = _import()
-    hooks = importlib.import_module("galerne.optimize.build.tensorrt_hooks")
+    hooks = importlib.import_module("galerne.optimize.builders.tensorrt_hooks")
     if not path.is_file():
         raise InputError(f"{path}: no such engine file; build it with `galerne build`")
     runtime = trt.Runtime(hooks.LOG)
