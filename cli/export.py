@@ -19,7 +19,10 @@ def register(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.", show_default=False)],
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored.", show_default="fp16")] = None,

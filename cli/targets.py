@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def targets(
-    name: Annotated[str | None, typer.Argument(help="Show only this target.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show only this target.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the hardware table."""

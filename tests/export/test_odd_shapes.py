@@ -63,7 +63,7 @@ def test_odd_shapes_match_their_source(shape: dict[str, Any], chunk: int, llama:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=SHAPES, chunk=CHUNKS, llama=st.booleans())
 def test_many_odd_shapes_match_their_source(shape: dict[str, Any], chunk: int, llama: bool) -> None:
     check(shape, chunk, llama)
