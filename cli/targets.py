@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 def targets(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show only this target.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Show only this target.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
