@@ -47,6 +47,7 @@ def export(
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
     facts = graph_facts(spec, recipe, chunk, max_context)
+    tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
     with staged_folder(out) as folder:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute))
@@ -59,7 +60,7 @@ def export(
         with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
             write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
         ir.save(model, folder / GRAPH)
-        for file, data in sorted(checkpoint.tokenizer_files().items()):
+        for file, data in sorted(tokenizer.items()):
             (folder / file).write_bytes(data)
         with step("hash source and bundle"):
             manifest = Manifest(
