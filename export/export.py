@@ -11,6 +11,7 @@ import galerne
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.decoder import Decoder, rotary_frequencies
+from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
 from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
@@ -22,16 +23,21 @@ from galerne.optimize.graph.weights import fold_weights
 from galerne.optimize.quantize.recipe import Recipe
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
-from galerne.runtime.manifest import SCHEMA_VERSION, GraphFacts, Manifest, ModelFacts, Source
+from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, ModelFacts, Source
 
 DEFAULT_CHUNK = 256
-_OPSET = 24
 _TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
 _FREQUENCIES = "model.rotary_frequencies"
 
 
 def export(
-    checkpoint: Checkpoint, recipe: Recipe, out: Path, *, chunk: int = DEFAULT_CHUNK, max_context: int | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    max_context: int | None = None,
+    dialect: Dialect = "opset24",
 ) -> Bundle:
     """Write a bundle: trace on the meta device, then stream the weights.
 
@@ -42,15 +48,16 @@ def export(
         chunk: the most new tokens of one run of the graph.
         max_context: the longest sequence in tokens. Without a window it sizes the ring and defaults to what the model was
             made for; with one the default is no limit.
+        dialect: how the graph spells its operators.
     Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
     """
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
-    facts = graph_facts(spec, recipe, chunk, max_context)
+    facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
     with staged_folder(out) as folder:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
-            model = trace(spec, getattr(torch, recipe.compute))
+            model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
             weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.lm_head.bits is None)
             name_graph(model)
@@ -77,7 +84,9 @@ def export(
     return Bundle.open(out)
 
 
-def graph_facts(spec: DecoderSpec, recipe: Recipe, chunk: int, max_context: int | None) -> GraphFacts:
+def graph_facts(
+    spec: DecoderSpec, recipe: Recipe, chunk: int, max_context: int | None, dialect: Dialect = "opset24"
+) -> GraphFacts:
     """Return the contract's sizes for a model.
 
     Raises: InputError if `chunk` or `max_context` is not at least 1.
@@ -92,7 +101,7 @@ def graph_facts(spec: DecoderSpec, recipe: Recipe, chunk: int, max_context: int 
     else:
         chunk = min(chunk, max_context or chunk)
         capacity = min(spec.sliding_window + chunk, max_context or spec.sliding_window + chunk)
-    return GraphFacts("opset24", _OPSET, recipe.compute, chunk, capacity, max_context)
+    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacity, max_context)
 
 
 def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:

@@ -8,9 +8,10 @@ import warnings
 import onnx_ir as ir
 import torch
 
-from galerne.export import ops
 from galerne.export.decoder import Decoder
+from galerne.export.dialects.dialect import dialect_module
 from galerne.export.spec import DecoderSpec
+from galerne.runtime.manifest import Dialect
 
 # Sizes of the traced example. Any would do: all four are dynamic in the graph. None may be 1, which is specialized on.
 _BATCH, _TOKENS, _LOGITS, _SLOTS = 2, 3, 2, 8
@@ -21,13 +22,15 @@ def cache_names(prefix: str, num_hidden_layers: int) -> list[str]:
     return [f"{prefix}.{i}.{kind}" for i in range(num_hidden_layers) for kind in ("key", "value")]
 
 
-def trace(spec: DecoderSpec, compute_type: torch.dtype) -> ir.Model:
-    """Trace the decoder into an opset-24 graph whose weights are names without data.
+def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opset24") -> ir.Model:
+    """Trace the decoder into a graph whose weights are names without data.
 
     Args:
         spec: the model.
         compute_type: of weights, activations and the ring; norms, rotation and logits are float32 all the same.
+        dialect: how the graph spells its operators.
     """
+    spelled = dialect_module(dialect)
     with torch.device("meta"):
         module = Decoder(spec).to(compute_type).eval()
         for name, parameter in module.named_parameters():
@@ -52,11 +55,11 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype) -> ir.Model:
             module,
             args,
             dynamo=True,
-            opset_version=24,
+            opset_version=spelled.OPSET,
             optimize=False,  # the exporter's own optimizer wants the weights' data
             verify=False,
             dynamic_shapes=(row, row, {0: dynamic}, row, [ring_axes] * len(past)),
-            custom_translation_table=ops.translations(compute_type),
+            custom_translation_table=spelled.translations(compute_type),
             input_names=[
                 "input_ids",
                 "position_ids",
