@@ -51,5 +51,9 @@ def export(
     )
     total = sum(entry.size for entry in bundle.manifest.files.values())
     graph = bundle.manifest.graph
-    data = {"bundle": str(out), "size_bytes": total, "capacity": graph.capacity, "chunk": graph.chunk}
-    emit(json, data, f"{out}: {size(total)}, ring of {graph.capacity} slots, chunks of {graph.chunk} tokens")
+    data = {"bundle": str(out), "size_bytes": total, "capacities": graph.capacities, "chunk": graph.chunk}
+    emit(
+        json,
+        data,
+        f"{out}: {size(total)}, ring of {' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk} tokens",
+    )

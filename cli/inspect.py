@@ -15,18 +15,22 @@ def register(app: typer.Typer) -> None:
 def inspect(bundle: BundlePath, json: Json = False) -> None:
     """Show what is in a bundle, and check every file's SHA-256."""
     from galerne.runtime.bundle import Bundle
+    from galerne.runtime.manifest import layer_kinds
 
     opened = Bundle.open(bundle)
     opened.verify_hashes()
     manifest = opened.manifest
     model, graph = manifest.model, manifest.graph
-    window = "none: every key is seen" if model.sliding_window is None else f"{model.sliding_window} tokens"
+    windows = [
+        f"{'none: every key is seen' if window is None else f'{window} tokens'}{_share(model.layer_windows, window)}"
+        for window in layer_kinds(model.layer_windows)[0]
+    ]
     verdicts = {name: "passed" if verdict.passed else "FAILED" for name, verdict in manifest.parity.items()}
     facts = [
         ["model", f"{model.architecture}, {model.num_hidden_layers} layers, hidden {model.hidden_size}"],
         ["heads", f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"],
-        ["window", window],
-        ["ring", f"{graph.capacity} slots, chunks of {graph.chunk}, {graph.compute_type}"],
+        ["window", "; ".join(windows)],
+        ["ring", f"{' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk}, {graph.compute_type}"],
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
         ["recipe", str(manifest.recipe["description"])],
         ["parity", ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items()) or "not verified yet"],
@@ -36,3 +40,8 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
     files = [["file", "size"], *([name, size(entry.size)] for name, entry in sorted(manifest.files.items()))]
     data = {**dataclasses.asdict(manifest), "engines": opened.engines(), "hashes_hold": True}
     emit(json, data, "\n".join(f"{key:<9}{value}" for key, value in facts) + "\n\n" + table(files))
+
+
+def _share(layer_windows: tuple[int | None, ...], window: int | None) -> str:
+    count = layer_windows.count(window)
+    return "" if count == len(layer_windows) else f" in {count} of {len(layer_windows)} layers"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from galerne.export import ops
 from galerne.export.spec import DecoderSpec
+from galerne.runtime.manifest import layer_kinds
 
 
 def rotary_frequencies(spec: DecoderSpec) -> Tensor:
@@ -120,22 +121,25 @@ class Stack(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_hidden_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.window = spec.sliding_window
+        self.windows, self.layer_kinds = layer_kinds(spec.layer_windows)
         # Not persistent: no checkpoint holds it. On the meta device it is a name that the exporter fills in.
         self.register_buffer("rotary_frequencies", rotary_frequencies(spec), persistent=False)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+        self, input_ids: Tensor, position_ids: Tensor, write_indices: Sequence[Tensor], past: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the residual stream [B, S, E] and the rings after this run, keys and values by turns."""
         x = self.embed_tokens(input_ids)
         # [B, S, 1] times [D/2]: angles in float32 at any position, so no table bounds the length
         angles = position_ids.unsqueeze(-1).float() * self.rotary_frequencies
         rotary = (torch.cos(angles), torch.sin(angles))
-        mask = ring_mask(position_ids, past[0], self.window)
+        masks = [
+            ring_mask(position_ids, past[2 * self.layer_kinds.index(kind)], window)
+            for kind, window in enumerate(self.windows)
+        ]
         present: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            x, keys, values = layer(x, rotary, mask, write_indices, (past[2 * i], past[2 * i + 1]))
+        for i, (layer, kind) in enumerate(zip(self.layers, self.layer_kinds, strict=True)):
+            x, keys, values = layer(x, rotary, masks[kind], write_indices[kind], (past[2 * i], past[2 * i + 1]))
             present += [keys, values]
         return x, present
 
@@ -154,7 +158,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        write_indices: Tensor,
+        write_indices: Sequence[Tensor],
         logit_indices: Tensor,
         past: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:

@@ -23,7 +23,7 @@ from galerne.optimize.graph.weights import fold_weights
 from galerne.optimize.quantize.recipe import Recipe
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
-from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, ModelFacts, Source
+from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, ModelFacts, Source, layer_kinds
 
 DEFAULT_CHUNK = 256
 _TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
@@ -60,7 +60,7 @@ def export(
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
             weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.lm_head.bits is None)
-            name_graph(model)
+            name_graph(model, layer_kinds(spec.layer_windows)[1])
         stored = [weight for weight in weights if weight.name != _FREQUENCIES]
         frequencies = ir.tensor(rotary_frequencies(spec).numpy(), name=_FREQUENCIES)
         model.graph.initializers[_FREQUENCIES].const_value = frequencies
@@ -94,14 +94,13 @@ def graph_facts(
     for option, size in (("chunk", chunk), ("max-context", max_context)):
         if size is not None and size < 1:
             raise InputError(f"--{option}: expected at least 1, found {size}")
-    if spec.sliding_window is None:
+    windows, _ = layer_kinds(spec.layer_windows)
+    if None in windows:
         max_context = max_context or spec.max_position_embeddings
-        chunk = min(chunk, max_context)
-        capacity = max_context
-    else:
-        chunk = min(chunk, max_context or chunk)
-        capacity = min(spec.sliding_window + chunk, max_context or spec.sliding_window + chunk)
-    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacity, max_context)
+    limit = math.inf if max_context is None else max_context
+    chunk = int(min(chunk, limit))
+    capacities = tuple(int(limit if window is None else min(window + chunk, limit)) for window in windows)
+    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacities, max_context)
 
 
 def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
@@ -128,7 +127,7 @@ def _model_facts(spec: DecoderSpec) -> ModelFacts:
         num_key_value_heads=spec.num_key_value_heads,
         head_dim=spec.head_dim,
         vocab_size=spec.vocab_size,
-        sliding_window=spec.sliding_window,
+        layer_windows=spec.layer_windows,
         rope_theta=spec.rope_theta,
         max_position_embeddings=spec.max_position_embeddings,
         tie_word_embeddings=spec.tie_word_embeddings,

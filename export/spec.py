@@ -12,7 +12,7 @@ from galerne.errors import InputError
 class DecoderSpec:
     """One decoder-only transformer: RMS norms, rotary positions over half the head, grouped heads, a SwiGLU MLP.
 
-    sliding_window: the number of newest positions that a query sees, itself included; None where it sees all.
+    layer_windows: for each layer the number of newest positions that a query sees, itself included; None where it sees all.
     tie_word_embeddings: whether the vocabulary projection is the embedding table.
     """
 
@@ -26,7 +26,7 @@ class DecoderSpec:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    sliding_window: int | None
+    layer_windows: tuple[int | None, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool
     bos_token_id: int | None
@@ -58,6 +58,16 @@ class ConfigReader:
         if key not in self._config:
             raise InputError(f"{self._where}: {key}: missing; expected an integer or null")
         return None if self._config[key] is None else self.integer(key)
+
+    def layer_windows(self, layers: int, window: int | None) -> tuple[int | None, ...]:
+        """Return the window of each of `layers` layers: that of `layer_types`, or `window` for all without that field."""
+        kinds = self._config.get("layer_types") or ["sliding_attention"] * layers
+        known = {"sliding_attention": window, "full_attention": None}
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
+            raise InputError(
+                f"{self._where}: layer_types: expected a list of {layers}, each {' or '.join(known)}, found {kinds!r}"
+            )
+        return tuple(known[kind] for kind in kinds)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false."""
@@ -106,8 +116,13 @@ class ConfigReader:
 def base_spec(
     config: ConfigReader, architecture: str, *, sliding_window: int | None, num_key_value_heads: int
 ) -> DecoderSpec:
-    """Read the fields that every family of this decoder spells the same way."""
+    """Read the fields that every family of this decoder spells the same way.
+
+    Args:
+        sliding_window: of the layers that have one: all, unless `layer_types` in the config names others.
+    """
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    layers = config.integer("num_hidden_layers")
     bos = config.token_ids("bos_token_id")
     config.expect("hidden_act", "silu")
     config.expect("attention_bias", False)
@@ -118,13 +133,13 @@ def base_spec(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
-        num_hidden_layers=config.integer("num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=config.integer("head_dim", default=hidden // heads),
         rms_norm_eps=config.number("rms_norm_eps"),
         rope_theta=config.rope_theta(),
-        sliding_window=sliding_window,
+        layer_windows=config.layer_windows(layers, sliding_window),
         max_position_embeddings=config.integer("max_position_embeddings"),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         bos_token_id=bos[0] if bos else None,

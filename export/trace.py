@@ -11,7 +11,7 @@ import torch
 from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.spec import DecoderSpec
-from galerne.runtime.manifest import Dialect
+from galerne.runtime.manifest import Dialect, layer_kinds, write_index_names
 
 # Sizes of the traced example. Any would do: all four are dynamic in the graph. None may be 1, which is specialized on.
 _BATCH, _TOKENS, _LOGITS, _SLOTS = 2, 3, 2, 8
@@ -30,6 +30,7 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opse
         compute_type: of weights, activations and the ring; norms, rotation and logits are float32 all the same.
         dialect: how the graph spells its operators.
     """
+    windows, _ = layer_kinds(spec.layer_windows)
     spelled = dialect_module(dialect)
     with torch.device("meta"):
         module = Decoder(spec).to(compute_type).eval()
@@ -44,7 +45,7 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opse
         args = (
             torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
             torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
-            torch.zeros(_BATCH, dtype=torch.int64),
+            [torch.zeros(_BATCH, dtype=torch.int64) for _ in windows],
             torch.zeros(_BATCH, _LOGITS, dtype=torch.int64),
             past,
         )
@@ -58,12 +59,12 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opse
             opset_version=spelled.OPSET,
             optimize=False,  # the exporter's own optimizer wants the weights' data
             verify=False,
-            dynamic_shapes=(row, row, {0: dynamic}, row, [ring_axes] * len(past)),
+            dynamic_shapes=(row, row, [{0: dynamic}] * len(windows), row, [ring_axes] * len(past)),
             custom_translation_table=spelled.translations(compute_type),
             input_names=[
                 "input_ids",
                 "position_ids",
-                "write_indices",
+                *write_index_names(len(windows)),
                 "logit_indices",
                 *cache_names("past_key_values", spec.num_hidden_layers),
             ],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galerne.errors import InputError
-from galerne.runtime.footprint import cache_bytes, decode_weight_bytes
+from galerne.runtime.footprint import decode_weight_bytes, seen_cache_bytes
 from galerne.runtime.model import Model
 
 _PROBE_BYTES = 1 << 29
@@ -58,8 +58,8 @@ def bench(model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) ->
         rows.feed([prompt[:1]])
         steps.append(time.perf_counter() - start)
     peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
-    seen = min(prompt_tokens + decode_tokens, model.facts.sliding_window or sys.maxsize)
-    read = decode_weight_bytes(model.bundle.manifest) + cache_bytes(model.facts, seen, rows.cache.arrays()[0].itemsize)
+    length, bytes_per_value = prompt_tokens + decode_tokens, rows.cache.arrays()[0].itemsize
+    read = decode_weight_bytes(model.bundle.manifest) + seen_cache_bytes(model.facts, length, bytes_per_value)
     return BenchResult(
         engine=model.engine.name,
         prompt_tokens=prompt_tokens,

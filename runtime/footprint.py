@@ -26,9 +26,10 @@ def decode_weight_bytes(manifest: Manifest) -> int:
     return int(model.num_hidden_layers * layer + head)
 
 
-def cache_bytes(model: ModelFacts, slots: int, bytes_per_value: int) -> int:
-    """Return the bytes of one row's rings of `slots` slots, keys and values of all layers."""
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * slots * bytes_per_value
+def seen_cache_bytes(model: ModelFacts, length: int, bytes_per_value: int) -> int:
+    """Return the bytes of the keys and values of all layers that the last of `length` tokens sees."""
+    slots = sum(length if window is None else min(length, window) for window in model.layer_windows)
+    return 2 * model.num_key_value_heads * model.head_dim * slots * bytes_per_value
 
 
 def _linear_bytes(rows: int, columns: int, form: dict[str, object]) -> float:

@@ -3,15 +3,31 @@
 The manifest is the bundle's only index: a file that it does not list is not part of the bundle.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from galerne import schema
+from galerne.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Dialect = Literal["opset24", "primitive"]
 FloatType = Literal["float32", "float16", "bfloat16"]
+
+
+def layer_kinds(layer_windows: Sequence[int | None]) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """Return the kinds of layers and each layer's kind. Each kind has rings of its own size.
+
+    Returns: the windows, each once, in the order of the layers; and for each layer the index of its window in them.
+    """
+    windows = tuple(dict.fromkeys(layer_windows))
+    return windows, tuple(windows.index(window) for window in layer_windows)
+
+
+def write_index_names(kinds: int) -> tuple[str, ...]:
+    """Return the graph's inputs that say in which slot a run begins, one for each kind of layer."""
+    return tuple(f"write_indices.{kind}" if kind else "write_indices" for kind in range(kinds))
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,10 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a caller needs to know of the model. `sliding_window` is null where every key is seen."""
+    """What a caller needs to know of the model.
+
+    layer_windows: for each layer the number of newest positions that a query sees, itself included; null where it sees all.
+    """
 
     architecture: str
     num_hidden_layers: int
@@ -46,7 +65,7 @@ class ModelFacts:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    sliding_window: int | None
+    layer_windows: tuple[int | None, ...]
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -60,15 +79,16 @@ class GraphFacts:
 
     compute_type: of activations and of the cache.
     chunk: the most tokens of one run, S.
-    capacity: the ring's full size C in slots: window + chunk, or without a window the longest context.
-    max_context: the longest sequence in tokens; null with a window, where there is no limit.
+    capacities: the ring's full size C in slots for each kind of layer (`layer_kinds`): window + chunk, or without a
+        window the longest context.
+    max_context: the longest sequence in tokens; null if every layer has a window, where there is no limit.
     """
 
     dialect: Dialect
     opset: int
     compute_type: FloatType
     chunk: int
-    capacity: int
+    capacities: tuple[int, ...]
     max_context: int | None
 
 
@@ -113,6 +133,14 @@ def parse(data: bytes, where: str) -> Manifest:
 
     Raises: InputError if it is no JSON, of another schema version, or a field is missing, unknown or of the wrong type.
     """
-    return schema.read_json(
+    manifest = schema.read_json(
         Manifest, data, where, SCHEMA_VERSION, "export the bundle again with this version of Galerne"
     )
+    model, graph = manifest.model, manifest.graph
+    for name, values, expected in (
+        ("model: layer_windows", model.layer_windows, model.num_hidden_layers),
+        ("graph: capacities", graph.capacities, len(layer_kinds(model.layer_windows)[0])),
+    ):
+        if len(values) != expected:
+            raise InputError(f"{where}: {name}: expected {expected} of them, found {len(values)}")
+    return manifest

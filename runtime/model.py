@@ -47,7 +47,7 @@ class Rows:
     def __init__(self, model: Model, batch: int, *, full_ring: bool = False) -> None:
         self._model = model
         self._ring = Ring(model.graph, batch, full=full_ring)
-        self.cache = model.engine.new_cache(batch, self._ring.capacity)
+        self.cache = model.engine.new_cache(batch, self._ring.capacities)
 
     @property
     def lengths(self) -> list[int]:
@@ -55,9 +55,9 @@ class Rows:
         return [int(position) for position in self._ring.positions]
 
     @property
-    def capacity(self) -> int:
-        """Slots of the ring at present."""
-        return self._ring.capacity
+    def capacities(self) -> tuple[int, ...]:
+        """Slots of each kind's ring at present."""
+        return self._ring.capacities
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """Append tokens to each row and return the logits after its last one.
@@ -107,10 +107,10 @@ class Rows:
         done = np.zeros_like(lengths)
         while (done < lengths).any():
             wanted = int((lengths - done).max())
-            capacity = ring.wanted_capacity(min(wanted, self._model.graph.chunk))
-            if capacity != ring.capacity:
-                self.cache.resize(capacity)
-                ring.capacity = capacity
+            capacities = ring.wanted_capacities(min(wanted, self._model.graph.chunk))
+            if capacities != ring.capacities:
+                self.cache.resize(capacities)
+                ring.capacities = capacities
             size = ring.next_run(wanted)
             counts = np.minimum(lengths - done, size)
             # Shorter rows are padded at their end: the padding's positions go on counting, and are overwritten later.

@@ -1,4 +1,4 @@
-"""Where the ring's rows stand: positions, slots, and how many tokens the next run may take.
+"""Where the rings' rows stand: positions, slots, and how many tokens the next run may take.
 
 Only arithmetic: the memory belongs to the engine. See docs/graph.md for the promise that this keeps.
 """
@@ -18,16 +18,16 @@ _GROWTH = 1.25
 
 
 class Ring:
-    """The bookkeeping of B rows that share a capacity.
+    """The bookkeeping of B rows that share their capacities, one for each kind of layer.
 
     positions: [B] int64, how many tokens each row was fed: the position of its next one.
-    capacity: slots C of a row at present; it grows to `GraphFacts.capacity`, and then the ring wraps.
+    capacities: slots C of a row at present; each grows to that of `GraphFacts.capacities`, and then its ring wraps.
     """
 
     def __init__(self, facts: GraphFacts, batch: int, *, full: bool = False) -> None:
         self._facts = facts
         self.positions: Int64 = np.zeros(batch, np.int64)
-        self.capacity = facts.capacity if full else min(facts.capacity, _GRAIN)
+        self.capacities = tuple(size if full else min(size, _GRAIN) for size in facts.capacities)
 
     def check_room(self, counts: Int64) -> None:
         """Raises: InputError if feeding `counts` [B] more tokens would pass the longest context."""
@@ -38,22 +38,22 @@ class Ring:
                 f"sequence of {longest} tokens: the bundle's longest context is {limit}; export it with --max-context"
             )
 
-    def wanted_capacity(self, tokens: int) -> int:
-        """Return the capacity that a run of `tokens` more on each row wants: more than now, or what there is."""
-        full, needed = self._facts.capacity, int(self.positions.max()) + tokens
-        if needed <= self.capacity or self.capacity == full:
-            return self.capacity
-        grown = max(needed, int(self.capacity * _GROWTH))
-        return min(full, -(-grown // _GRAIN) * _GRAIN)
+    def wanted_capacities(self, tokens: int) -> tuple[int, ...]:
+        """Return the capacities that a run of `tokens` more on each row wants: more than now, or what there is."""
+        needed = int(self.positions.max()) + tokens
+        return tuple(
+            now if needed <= now else min(full, -(-max(needed, int(now * _GROWTH)) // _GRAIN) * _GRAIN)
+            for now, full in zip(self.capacities, self._facts.capacities, strict=True)
+        )
 
     def next_run(self, wanted: int) -> int:
-        """Return how many tokens the next run takes, at most `wanted`: a chunk, and no row may cross the ring's end."""
-        left = self.capacity - self.positions % self.capacity
-        return int(min(wanted, self._facts.chunk, left.min()))
+        """Return how many tokens the next run takes, at most `wanted`: a chunk, and no row may cross a ring's end."""
+        left = min(capacity - int((self.positions % capacity).max()) for capacity in self.capacities)
+        return min(wanted, self._facts.chunk, left)
 
     def write_indices(self) -> Int64:
-        """Return the slot of each row's next token, [B] int64."""
-        return self.positions % self.capacity
+        """Return the slot of each row's next token in each kind's ring, [kinds, B] int64."""
+        return np.stack([self.positions % capacity for capacity in self.capacities])
 
     def position_ids(self, tokens: int) -> Int64:
         """Return the positions of the next `tokens` of each row, [B, tokens] int64; padding goes on counting."""

@@ -52,7 +52,7 @@ class Plan:
 
     sequences: random token ids, [tokens] int64 each. Every case feeds prefixes of them, so that the reference needs one
         pass over each: what stands later does not change what came before.
-    window: the source's. capacity: the full ring's slots.
+    window: the source's. capacity: the slots of the smallest ring at its full size.
     """
 
     cases: tuple[Case, ...]
@@ -94,7 +94,7 @@ def make_plan(manifest: Manifest, window: int | None, *, greedy: bool) -> Plan:
         for row, length in enumerate(case.lengths):
             lengths[row] = max(lengths[row], length)
     sequences = tuple(rng.integers(0, manifest.model.vocab_size, length) for length in lengths)
-    return Plan(cases, sequences, window, graph.capacity, manifest.model.vocab_size)
+    return Plan(cases, sequences, window, min(graph.capacities), manifest.model.vocab_size)
 
 
 def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
@@ -102,7 +102,7 @@ def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
     yield from _common(graph, limit, rows=(2 * window + 1, 3, window + 1), chunked=2 * window + graph.chunk + 5)
     yield from _poisoned(window // 2, limit)
     # Twice around the ring and some more, so that every slot is written three times.
-    yield Case("token by token", ((1,),) * min(2 * min(graph.capacity, window + graph.chunk) + 8, limit))
+    yield Case("token by token", ((1,),) * min(2 * min(min(graph.capacities), window + graph.chunk) + 8, limit))
 
 
 def _unwindowed(graph: GraphFacts, limit: int) -> Iterable[Case]:
@@ -125,9 +125,9 @@ def _common(graph: GraphFacts, limit: int, *, rows: tuple[int, int, int], chunke
     room = limit - max(sum(counts) for counts in zip(*decode, strict=True))
     if room > 0:
         yield Case("rows of different lengths", (tuple(min(length, room) for length in rows), *decode))
-    small = Ring(graph, 1).capacity
-    if small < graph.capacity:  # else the ring never grows
-        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(graph.capacity - small, 16),), (1,)]
+    small = min(Ring(graph, 1).capacities)
+    if small < min(graph.capacities):  # else the ring never grows
+        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(min(graph.capacities) - small, 16),), (1,)]
         yield Case("grown ring and full ring", _capped(steps, limit), rings=("growing", "full"))
 
 

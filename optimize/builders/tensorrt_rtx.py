@@ -19,6 +19,7 @@ from galerne.optimize.lower.tensorrt import lower
 from galerne.progress import Task
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, Profile, inputs_of, parity_of
+from galerne.runtime.manifest import layer_kinds
 from galerne.targets.target import Target, load_all
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
     hooks = importlib.import_module("galerne.optimize.builders.tensorrt_hooks")
     capability = _capability(trt, target)
     facts = bundle.manifest.graph
-    options = lower(model, facts.capacity, facts.compute_type)
+    _, kinds = layer_kinds(bundle.manifest.model.layer_windows)
+    options = lower(model, [facts.capacities[kind] for kind in kinds], facts.compute_type)
     profiles = [Profile("decode", (1, 1, 1), (1, 1, 1))]
     if facts.chunk > 1:
         profiles.append(Profile("prefill", (1, 1, 1), (1, facts.chunk, facts.chunk)))
@@ -115,7 +117,7 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
         profiles=tuple(profiles),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        options=dict(options),
+        options=options,
     )
 
 

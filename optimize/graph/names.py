@@ -1,25 +1,30 @@
 """Gives nodes, values and axes names that say where in the model they stand, and drops the exporter's notes."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from galerne.runtime.manifest import write_index_names
+
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
     "position_ids": ("batch_size", "sequence_length"),
-    "write_indices": ("batch_size",),
     "logit_indices": ("batch_size", "num_logits"),
     "logits": ("batch_size", "num_logits", None),
 }
-_CACHE_AXES = ("batch_size", None, "cache_slots", None)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def name(model: ir.Model) -> None:
-    """Rename a cleaned graph whose weights are folded, in place."""
+def name(model: ir.Model, layer_kinds: Sequence[int]) -> None:
+    """Rename a cleaned graph whose weights are folded, in place.
+
+    Args:
+        layer_kinds: for each layer its kind, which decides the ring's capacity.
+    """
     _name_nodes(model.graph)
-    _name_axes(model.graph)
+    _name_axes(model.graph, layer_kinds)
     _drop_notes(model)
     model.graph.name = "decoder"
     model.producer_name, model.producer_version = "galerne", None
@@ -65,11 +70,18 @@ def _folders(module: str) -> list[str]:
     return folders
 
 
-def _name_axes(graph: ir.Graph) -> None:
+def _name_axes(graph: ir.Graph, layer_kinds: Sequence[int]) -> None:
+    axes_of: dict[str, tuple[str | None, ...]] = dict(_AXES)
+    for kind in set(layer_kinds):
+        axes_of[write_index_names(kind + 1)[kind]] = ("batch_size",)
+    for layer, kind in enumerate(layer_kinds):
+        slots = f"cache_slots_{kind}" if kind else "cache_slots"
+        for cache in ("past_key_values", "present"):
+            for part in ("key", "value"):
+                axes_of[f"{cache}.{layer}.{part}"] = ("batch_size", None, slots, None)
     for value in (*graph.inputs, *graph.outputs):
         assert value.name is not None and value.shape is not None
-        axes = _AXES.get(value.name, _CACHE_AXES)
-        value.shape = ir.Shape([axis or size for axis, size in zip(axes, value.shape, strict=True)])
+        value.shape = ir.Shape([axis or size for axis, size in zip(axes_of[value.name], value.shape, strict=True)])
     for node in graph:  # inner shapes carry the tracer's own axis names; every reader infers them anew
         for output in node.outputs:
             if not output.is_graph_output():

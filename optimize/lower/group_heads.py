@@ -20,8 +20,9 @@ def group_heads(model: ir.Model, heads: int, kv_heads: int, head_dim: int) -> No
         query, mask, attended = node.inputs[0], node.inputs[3], node.outputs[0]
         assert query is not None and mask is not None
         if mask not in masks:
-            repeat = ir.node("Concat", [mask] * group, {"axis": 2}, name="/group_heads/Concat")  # [B, 1, G*S, C]
-            repeat.outputs[0].name = "/group_heads/Concat_output_0"
+            name = f"/group_heads/Concat_{len(masks)}"
+            repeat = ir.node("Concat", [mask] * group, {"axis": 2}, name=name)  # [B, 1, G*S, C]
+            repeat.outputs[0].name = f"{name}_output_0"
             graph.insert_before(node, repeat)
             masks[mask] = repeat.outputs[0]
         before = ir.node("Reshape", [query, grouped], name=f"{node.name}/group/Reshape")

@@ -3,6 +3,9 @@
 It changes a graph in memory only; what is in `model.onnx` stays as it is.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -15,17 +18,17 @@ _ADDITIVE, _SEEN, _HIDDEN = "/additive", "/lower/mask/seen", "/lower/mask/hidden
 _NUMBERS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
-def lower(model: onnx.ModelProto, capacity: int, compute_type: str) -> dict[str, str | int]:
+def lower(model: onnx.ModelProto, capacities: Sequence[int], compute_type: str) -> dict[str, Any]:
     """Rewrite a graph in place for TensorRT-RTX.
 
     Args:
         model: the portable graph, with or without its external data.
-        capacity: the ring's full size C in slots.
+        capacities: for each layer the ring's full size C in slots.
         compute_type: of the attention, as the manifest names it.
     Returns: the names of what was done, for the engine's record.
     """
-    done: dict[str, str | int] = {"capacity": capacity}
-    _fix_ring(model.graph, capacity)
+    done: dict[str, Any] = {"capacities": list(dict.fromkeys(capacities))}
+    _fix_rings(model.graph, capacities)
     if _add_mask(model.graph, compute_type):
         done["mask"] = "additive"
     if _allow_decomposing(model.graph):
@@ -33,15 +36,17 @@ def lower(model: onnx.ModelProto, capacity: int, compute_type: str) -> dict[str,
     return done
 
 
-def _fix_ring(graph: onnx.GraphProto, capacity: int) -> None:
+def _fix_rings(graph: onnx.GraphProto, capacities: Sequence[int]) -> None:
     """Make C static, which TensorScatter demands when it is parsed."""
-    names = {
-        value.type.tensor_type.shape.dim[_SLOTS_AXIS].dim_param for value in graph.input if value.name.startswith(_PAST)
+    sizes = {
+        value.type.tensor_type.shape.dim[_SLOTS_AXIS].dim_param: capacities[int(value.name.split(".")[1])]
+        for value in graph.input
+        if value.name.startswith(_PAST)
     }
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param and dim.dim_param in names:
-                dim.dim_value = capacity
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def _add_mask(graph: onnx.GraphProto, compute_type: str) -> bool:

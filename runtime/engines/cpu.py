@@ -53,4 +53,4 @@ def open_cpu(bundle: Bundle, record: EngineRecord, threads: int | None) -> OrtEn
     options = session_options(exact=False, threads=threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
     graph = bundle.file(f"{ENGINES}/{record.target}/{record.file}")
-    return OrtEngine(graph, bundle.manifest.model, name=record.target, options=options)
+    return OrtEngine(graph, bundle.manifest, name=record.target, options=options)

@@ -1,5 +1,6 @@
 """What the runtime asks of an engine."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,12 +13,8 @@ Float32 = npt.NDArray[np.float32]
 class Cache(Protocol):
     """The rings' memory on the engine's device: for each layer keys and values [B, num_key_value_heads, C, head_dim]."""
 
-    @property
-    def capacity(self) -> int:
-        """Slots C of each row."""
-
-    def resize(self, capacity: int) -> None:
-        """Move the rings into larger ones; slot for slot, the new slots are empty."""
+    def resize(self, capacities: Sequence[int]) -> None:
+        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return the rings, keys and values by turns, without a copy where the device's memory allows it."""
@@ -30,15 +27,15 @@ class Engine(Protocol):
     def name(self) -> str:
         """ "portable", or the target that it was built for."""
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Allocate rings for `batch` rows of `capacity` slots."""
+    def new_cache(self, batch: int, capacities: Sequence[int]) -> Cache:
+        """Allocate rings for `batch` rows, with C slots for each kind of layer."""
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """Feed tokens, updating the cache in place.
 
         Args:
             ids, positions: [B, S] int64.
-            write_indices: [B] int64.
+            write_indices: [kinds of layers, B] int64.
             logit_indices: [B, K] int64.
         Returns: logits [B, K, vocab_size] float32. The memory is the engine's and holds until the next run.
         Raises: BackendError if the backend fails.

@@ -1,5 +1,6 @@
 """ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import onnxruntime as ort
 
 from galerne.errors import BackendError
 from galerne.runtime.engines.engine import Cache, Float32, Int64
-from galerne.runtime.manifest import ModelFacts
+from galerne.runtime.manifest import Manifest, layer_kinds, write_index_names
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # How exactly MatMulNBits multiplies: 4 rounds the activations to int8, block by block; 1 keeps them float32.
@@ -28,35 +29,34 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
 
 
 class OrtCache:
-    """Rings in this process's memory."""
+    """Rings in this process's memory.
 
-    def __init__(self, names: list[str], shape: tuple[int, int, int, int], dtype: npt.DTypeLike) -> None:
-        self._names = names
+    batch: rows B.
+    """
+
+    def __init__(self, batch: int, manifest: Manifest, capacities: Sequence[int], dtype: npt.DTypeLike) -> None:
+        model = manifest.model
+        self.batch = batch
+        self._kinds = [kind for kind in layer_kinds(model.layer_windows)[1] for _ in ("key", "value")]
         # Zeros and not empty memory: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
-        self._arrays = [np.zeros(shape, dtype) for _ in names]
+        self._arrays: list[npt.NDArray[Any]] = [
+            np.zeros((batch, model.num_key_value_heads, capacities[kind], model.head_dim), dtype)
+            for kind in self._kinds
+        ]
         self._wrap()
 
     def _wrap(self) -> None:
         self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
         self.bindings: dict[tuple[int, int], _Binding] = {}
 
-    @property
-    def capacity(self) -> int:
-        """Slots C of each row."""
-        return self._arrays[0].shape[2]
-
-    @property
-    def batch(self) -> int:
-        """Rows B."""
-        return self._arrays[0].shape[0]
-
-    def resize(self, capacity: int) -> None:
-        """Move the rings into larger ones; slot for slot, the new slots are empty."""
-        used = self.capacity
-        for i, old in enumerate(self._arrays):
-            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
-            new[:, :, :used] = old
-            self._arrays[i] = new
+    def resize(self, capacities: Sequence[int]) -> None:
+        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
+        for i, (kind, old) in enumerate(zip(self._kinds, self._arrays, strict=True)):
+            batch, heads, used, width = old.shape
+            if capacities[kind] != used:
+                new = np.zeros((batch, heads, capacities[kind], width), old.dtype)
+                new[:, :, :used] = old
+                self._arrays[i] = new
         self._wrap()
 
     def arrays(self) -> list[npt.NDArray[Any]]:
@@ -68,20 +68,26 @@ class _Binding:
     """One shape of run, bound once: its inputs are written in place, so that a step costs no binding."""
 
     def __init__(
-        self, session: ort.InferenceSession, cache: OrtCache, names: list[str], tokens: int, logits: int, vocab: int
+        self,
+        session: ort.InferenceSession,
+        cache: OrtCache,
+        manifest: Manifest,
+        names: list[str],
+        tokens: int,
+        logits: int,
     ):
-        batch = cache.batch
+        batch, starts = cache.batch, write_index_names(len(manifest.graph.capacities))
         self.ids = np.zeros((batch, tokens), np.int64)
         self.positions = np.zeros((batch, tokens), np.int64)
-        self.write_indices = np.zeros(batch, np.int64)
+        self.write_indices = np.zeros((len(starts), batch), np.int64)
         self.logit_indices = np.zeros((batch, logits), np.int64)
-        self.logits = np.zeros((batch, logits, vocab), np.float32)
+        self.logits = np.zeros((batch, logits, manifest.model.vocab_size), np.float32)
         self.io = session.io_binding()
         inputs = {
             "input_ids": self.ids,
             "position_ids": self.positions,
-            "write_indices": self.write_indices,
             "logit_indices": self.logit_indices,
+            **dict(zip(starts, self.write_indices, strict=True)),
         }
         for name, array in inputs.items():
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -94,21 +100,20 @@ class _Binding:
 class OrtEngine:
     """A graph in ONNX Runtime's CPU provider: the portable one, or the `cpu` engine."""
 
-    def __init__(self, graph: Path, model: ModelFacts, *, name: str, options: ort.SessionOptions) -> None:
+    def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's errors share no base class of their own
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
-        self._model = model
-        self._names = [f"{i}.{kind}" for i in range(model.num_hidden_layers) for kind in ("key", "value")]
+        self._manifest = manifest
+        self._names = [f"{i}.{kind}" for i in range(manifest.model.num_hidden_layers) for kind in ("key", "value")]
         types = {value.name: value.type for value in self._session.get_inputs()}
         self._dtype = _TYPES[types["past_key_values.0.key"]]
 
-    def new_cache(self, batch: int, capacity: int) -> OrtCache:
-        """Allocate rings for `batch` rows of `capacity` slots."""
-        shape = (batch, self._model.num_key_value_heads, capacity, self._model.head_dim)
-        return OrtCache(self._names, shape, self._dtype)
+    def new_cache(self, batch: int, capacities: Sequence[int]) -> OrtCache:
+        """Allocate rings for `batch` rows, with C slots for each kind of layer."""
+        return OrtCache(batch, self._manifest, capacities, self._dtype)
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
@@ -118,7 +123,7 @@ class OrtEngine:
         if binding is None:
             if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
                 cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            binding = _Binding(self._session, cache, self._names, *shape, self._model.vocab_size)
+            binding = _Binding(self._session, cache, self._manifest, self._names, *shape)
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices

@@ -38,7 +38,7 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
                 f"computes in float32: `galerne build {bundle.path} --target cpu`"
             )
         options = session_options(exact=exact, threads=threads)
-        return OrtEngine(bundle.file(GRAPH), bundle.manifest.model, name=PORTABLE, options=options)
+        return OrtEngine(bundle.file(GRAPH), bundle.manifest, name=PORTABLE, options=options)
     record = load_record(bundle, name)
     if record.backend == "onnxruntime":
         return open_cpu(bundle, record, threads)

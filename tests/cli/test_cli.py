@@ -81,7 +81,7 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     exported = Ran("export", checkpoint_folder, "--out", out, "--precision", "int4", "--chunk", 8, "--json")
     assert exported.status == 0
-    assert exported.json["capacity"] == 24
+    assert exported.json["capacities"] == [24]
     verified = Ran("verify", out, "--source", checkpoint_folder, "--html", tmp_path / "report.html", "--json")
     assert verified.status == 0, verified.err
     assert verified.json["passed"] is True
@@ -98,7 +98,7 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert generated.json["timings"].keys() == {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
     shown = Ran("inspect", out, "--json")
     assert shown.json["hashes_hold"] is True
-    assert shown.json["model"]["sliding_window"] == 16
+    assert shown.json["model"]["layer_windows"] == [16, 16]
     assert shown.json["engines"] == ["cpu"]
     bench = Ran("bench", out, "--prompt-tokens", 20, "--decode-tokens", 3, "--json")
     assert bench.json["decode_tokens_per_s"] > 0

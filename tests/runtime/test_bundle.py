@@ -27,13 +27,13 @@ def bundle(tmp_path: Path) -> Bundle:
     for name, data in CONTENT.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
-    model = ModelFacts("MistralForCausalLM", 2, 64, 128, 4, 2, 16, 256, 32, 1e4, 512, False, 1, (2,))
+    model = ModelFacts("MistralForCausalLM", 2, 64, 128, 4, 2, 16, 256, (32, 32), 1e4, 512, False, 1, (2,))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         galerne_version="0.1.0",
         source=Source("safetensors", {}),
         model=model,
-        graph=GraphFacts("opset24", 24, "float16", 16, 48, None),
+        graph=GraphFacts("opset24", 24, "float16", 16, (48,), None),
         recipe={},
         tools={},
         files={name: entry_of(path / name) for name in CONTENT},

@@ -174,8 +174,8 @@ def _bundle(folder: Path, contents: dict[str, bytes]) -> Bundle:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     files = {name: entry_of(folder / name) for name in contents}
-    model = ModelFacts("MistralForCausalLM", 1, 8, 16, 2, 1, 4, 273, 16, 1e4, 64, False, 1, (2,))
-    graph = GraphFacts("opset24", 24, "float16", 16, 32, None)
+    model = ModelFacts("MistralForCausalLM", 1, 8, 16, 2, 1, 4, 273, (16,), 1e4, 64, False, 1, (2,))
+    graph = GraphFacts("opset24", 24, "float16", 16, (32,), None)
     return Bundle(folder, Manifest(SCHEMA_VERSION, "0", Source("safetensors", {}), model, graph, {}, {}, {}, files))
 
 

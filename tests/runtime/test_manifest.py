@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from galerne.errors import InputError
@@ -32,14 +32,14 @@ MANIFEST = Manifest(
         num_key_value_heads=2,
         head_dim=16,
         vocab_size=256,
-        sliding_window=32,
+        layer_windows=(32, 32),
         rope_theta=10000.0,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_ids=(2,),
     ),
-    graph=GraphFacts("opset24", 24, "float16", chunk=16, capacity=48, max_context=None),
+    graph=GraphFacts("opset24", 24, "float16", chunk=16, capacities=(48,), max_context=None),
     recipe={"weights": {"dtype": "int4", "block_size": 32}, "exclude": ["lm_head"]},
     tools={"torch": "2.13.0"},
     parity={"portable": Verdict(True, "reports/parity-portable.json")},
@@ -80,11 +80,18 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
     st.builds(
         Manifest,
         schema_version=st.just(SCHEMA_VERSION),
-        model=st.builds(ModelFacts, rope_theta=FINITE),
+        model=st.builds(
+            ModelFacts,
+            num_hidden_layers=st.just(3),
+            layer_windows=st.sampled_from([(4, 4, 4), (None, 4, None)]),
+            rope_theta=FINITE,
+        ),
+        graph=st.builds(GraphFacts, capacities=st.lists(st.integers(), min_size=1, max_size=2).map(tuple)),
         recipe=st.dictionaries(st.text(), NESTED, max_size=3),
     )
 )
 def test_every_manifest_comes_back(manifest: Manifest) -> None:
+    assume(len(manifest.graph.capacities) == len(set(manifest.model.layer_windows)))
     data = manifest.to_json()
     again = parse(data, "m")
     assert again == manifest
@@ -93,10 +100,24 @@ def test_every_manifest_comes_back(manifest: Manifest) -> None:
 
 def test_null_window_is_not_a_missing_window() -> None:
     tree = _tree()
-    tree["model"]["sliding_window"] = None
-    assert _parse(tree).model.sliding_window is None
-    del tree["model"]["sliding_window"]
-    with pytest.raises(InputError, match="manifest.json: model: missing key 'sliding_window'"):
+    tree["model"]["layer_windows"] = [None, None]
+    assert _parse(tree).model.layer_windows == (None, None)
+    del tree["model"]["layer_windows"]
+    with pytest.raises(InputError, match="manifest.json: model: missing key 'layer_windows'"):
+        _parse(tree)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("model", "layer_windows", [32], "model: layer_windows: expected 2 of them, found 1"),
+        ("graph", "capacities", [48, 64], "graph: capacities: expected 1 of them, found 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_layers(table: str, key: str, value: list[int], message: str) -> None:
+    tree = _tree()
+    tree[table][key] = value
+    with pytest.raises(InputError, match=f"manifest.json: {message}"):
         _parse(tree)
 
 

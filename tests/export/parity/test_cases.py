@@ -15,8 +15,8 @@ def _plan(
     own = own or window
     assert own is not None or max_context is not None
     ring = max_context or 0 if own is None else min(own + chunk, max_context or own + chunk)
-    graph = GraphFacts("opset24", 24, "float32", min(chunk, max_context or chunk), ring, max_context)
-    model = ModelFacts("X", 1, 8, 8, 1, 1, 8, vocab_size, own, 1e4, 512, False, None, ())
+    graph = GraphFacts("opset24", 24, "float32", min(chunk, max_context or chunk), (ring,), max_context)
+    model = ModelFacts("X", 1, 8, 8, 1, 1, 8, vocab_size, (own,), 1e4, 512, False, None, ())
     return make_plan(
         Manifest(SCHEMA_VERSION, "0", Source("safetensors", {}), model, graph, {}, {}), window, greedy=True
     )

@@ -61,7 +61,7 @@ def _failed(bundle: Bundle, checkpoint: Checkpoint) -> set[str]:
 def test_wrong_window(
     mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str, window: int | None
 ) -> None:
-    faulty_spec(sliding_window=window)
+    faulty_spec(layer_windows=(window,) * 2)
     failed = _failed(export(mistral, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), mistral)
     # Prompts inside of both windows cannot tell, which is how this fault ships.
     assert "prompt of 15" not in failed

@@ -19,7 +19,7 @@ from galerne.optimize.builders import tensorrt_rtx as builder
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import Bundle, entry_of
 from galerne.runtime.engines.record import EngineRecord
-from galerne.runtime.manifest import FloatType, GraphFacts, Manifest, ModelFacts, Source
+from galerne.runtime.manifest import SCHEMA_VERSION, FloatType, GraphFacts, Manifest, ModelFacts, Source
 from galerne.targets.target import load
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, WINDOW, CHUNK = 2, 128, 256, 4, 2, 32, 96, 48, 16
@@ -153,11 +153,11 @@ def make_bundle(folder: Path, compute: FloatType = "float16", weights: str = "fl
 
 
 def list_files(folder: Path, compute: FloatType = "float16") -> Bundle:
-    sizes = (LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, WINDOW)
-    model = ModelFacts("MistralForCausalLM", *sizes, 1e4, 512, False, 1, (2,))
-    facts = GraphFacts("opset24", 24, compute, CHUNK, CAPACITY, None)
+    sizes = (LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB)
+    model = ModelFacts("MistralForCausalLM", *sizes, (WINDOW,) * LAYERS, 1e4, 512, False, 1, (2,))
+    facts = GraphFacts("opset24", 24, compute, CHUNK, (CAPACITY,), None)
     files = {name: entry_of(folder / name) for name in ("model.onnx", "weights.bin")}
-    manifest = Manifest(1, "0", Source("safetensors", {}), model, facts, {}, {}, {}, files)
+    manifest = Manifest(SCHEMA_VERSION, "0", Source("safetensors", {}), model, facts, {}, {}, {}, files)
     (folder / "manifest.json").write_bytes(manifest.to_json())
     return Bundle.open(folder)
 
@@ -190,7 +190,7 @@ def test_a_graph_of_the_contract_builds(tmp_path: Path, compute: FloatType, weig
         ("prefill", (1, CHUNK, CHUNK)),
     ]
     assert record.inputs == {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
-    assert record.options == {"capacity": CAPACITY, "mask": "additive", "attention": "decomposable"}
+    assert record.options == {"capacities": [CAPACITY], "mask": "additive", "attention": "decomposable"}
     assert (record.parity, record.compute_capability) == ("none", load(name).compute_capability)
     assert (tmp_path / "model.onnx").read_bytes() == before, "the lowering leaked into the portable graph"
 
@@ -199,8 +199,8 @@ def test_a_graph_of_the_contract_builds(tmp_path: Path, compute: FloatType, weig
 def test_the_lowered_graph_computes_what_the_portable_one_does(tmp_path: Path, start: int) -> None:
     make_bundle(tmp_path, "float32")
     lowered = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    assert lower(lowered, CAPACITY, "float32") == {
-        "capacity": CAPACITY,
+    assert lower(lowered, [CAPACITY] * LAYERS, "float32") == {
+        "capacities": [CAPACITY],
         "mask": "additive",
         "attention": "decomposable",
     }
@@ -298,7 +298,7 @@ def test_a_node_that_does_not_parse_is_named_in_one_line(tmp_path: Path) -> None
 def test_a_failed_build_gives_the_builders_reason(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     # A ring of fewer slots than a chunk cannot take the chunk.
-    facts = dataclasses.replace(bundle.manifest.graph, capacity=CHUNK // 2)
+    facts = dataclasses.replace(bundle.manifest.graph, capacities=(CHUNK // 2,))
     bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graph=facts))
     with pytest.raises(BackendError, match=r"failed to build for l4: .*Error Code") as caught:
         build(bundle, "l4")

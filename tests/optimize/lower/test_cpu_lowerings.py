@@ -24,7 +24,7 @@ def lowered(bundle: Bundle, folder: Path, *lowerings: Callable[[ir.Model], None]
     (folder / WEIGHTS).hardlink_to(bundle.file(WEIGHTS))
     ir.save(model, folder / GRAPH)
     options = session_options(exact=True, threads=None)
-    engine = OrtEngine(folder / GRAPH, bundle.manifest.model, name="lowered", options=options)
+    engine = OrtEngine(folder / GRAPH, bundle.manifest, name="lowered", options=options)
     return Model(bundle, engine, 0.0)
 
 

@@ -10,10 +10,10 @@ from galerne.errors import BackendError, InputError
 from galerne.runtime.bundle import Bundle, entry_of
 from galerne.runtime.engines import tensorrt
 from galerne.runtime.engines.record import EngineRecord, Profile, inputs_of, load_record, parity_of, parse
-from galerne.runtime.manifest import GraphFacts, Manifest, ModelFacts, Source
+from galerne.runtime.manifest import SCHEMA_VERSION, GraphFacts, Manifest, ModelFacts, Source
 
-MODEL = ModelFacts("MistralForCausalLM", 1, 8, 16, 2, 1, 4, 32, 16, 1e4, 64, False, 1, (2,))
-GRAPH = GraphFacts("opset24", 24, "float16", 8, 24, None)
+MODEL = ModelFacts("MistralForCausalLM", 1, 8, 16, 2, 1, 4, 32, (16,), 1e4, 64, False, 1, (2,))
+GRAPH = GraphFacts("opset24", 24, "float16", 8, (24,), None)
 
 
 def make_record(inputs: dict[str, str]) -> EngineRecord:
@@ -38,7 +38,7 @@ def bundle(tmp_path: Path) -> Bundle:
     for name in ("model.onnx", "weights.bin"):
         (tmp_path / name).write_bytes(name.encode())
     files = {name: entry_of(tmp_path / name) for name in ("model.onnx", "weights.bin")}
-    manifest = Manifest(1, "0", Source("safetensors", {}), MODEL, GRAPH, {}, {}, {}, files)
+    manifest = Manifest(SCHEMA_VERSION, "0", Source("safetensors", {}), MODEL, GRAPH, {}, {}, {}, files)
     (tmp_path / "manifest.json").write_bytes(manifest.to_json())
     bundle = Bundle.open(tmp_path)
     return enter(bundle, make_record(inputs_of(bundle, ("model.onnx", "weights.bin"))))
