@@ -40,6 +40,12 @@ def save_mistral(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.fixture
+def saved_mistral(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that saves a random Mistral whose config has some fields changed."""
+    return lambda **changes: save_mistral(tmp_path / "checkpoint", **changes)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random Mistral: 2 layers, window 16, vocabulary 501."""

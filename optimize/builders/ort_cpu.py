@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from galerne.errors import BackendError
 from galerne.optimize.lower.group_heads import group_heads
+from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.widen import widen
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.cpu import cpu_features
@@ -34,6 +35,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
         model = ir.load(bundle.file(GRAPH))
         widen(model)
         group_heads(model, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
+        single_token(model)
         ir.save(model, lowered)
         options = session_options(exact=False, threads=None)
         options.optimized_model_filepath = str(folder / ENGINE_GRAPH)
@@ -60,5 +62,5 @@ def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
         profiles=(),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        options={"lowerings": ["widen", "group_heads"]},
+        options={"lowerings": ["widen", "group_heads", "single_token"]},
     )

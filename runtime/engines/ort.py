@@ -1,6 +1,7 @@
 """ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,37 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
     return options
 
 
+@dataclass(frozen=True)
+class _RingLayout:
+    """How one ring lies in memory.
+
+    name: as in `past_key_values.{name}`.
+    axes: the sizes of its axes, with the names of B and C, of which B comes first. The `cpu` engine keeps values transposed.
+    kind: of its layer.
+    """
+
+    name: str
+    axes: tuple[int | str, ...]
+    kind: int
+
+    def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """Return the sizes for a number of rows and of slots."""
+        return batch, *(capacity if isinstance(size, str) else size for size in self.axes[1:])
+
+
 class OrtCache:
     """Rings in this process's memory.
 
     batch: rows B.
     """
 
-    def __init__(self, batch: int, manifest: Manifest, capacities: Sequence[int], dtype: npt.DTypeLike) -> None:
-        model = manifest.model
-        self.batch = batch
-        self._kinds = [kind for kind in layer_kinds(model.layer_windows)[1] for _ in ("key", "value")]
+    def __init__(
+        self, batch: int, layout: Sequence[_RingLayout], capacities: Sequence[int], dtype: npt.DTypeLike
+    ) -> None:
+        self.batch, self._layout = batch, layout
         # Zeros and not empty memory: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
         self._arrays: list[npt.NDArray[Any]] = [
-            np.zeros((batch, model.num_key_value_heads, capacities[kind], model.head_dim), dtype)
-            for kind in self._kinds
+            np.zeros(ring.shape(batch, capacities[ring.kind]), dtype) for ring in layout
         ]
         self._wrap()
 
@@ -51,16 +69,15 @@ class OrtCache:
 
     def resize(self, capacities: Sequence[int]) -> None:
         """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
-        for i, (kind, old) in enumerate(zip(self._kinds, self._arrays, strict=True)):
-            batch, heads, used, width = old.shape
-            if capacities[kind] != used:
-                new = np.zeros((batch, heads, capacities[kind], width), old.dtype)
-                new[:, :, :used] = old
+        for i, (ring, old) in enumerate(zip(self._layout, self._arrays, strict=True)):
+            if (shape := ring.shape(self.batch, capacities[ring.kind])) != old.shape:
+                new = np.zeros(shape, old.dtype)
+                new[tuple(map(slice, old.shape))] = old
                 self._arrays[i] = new
         self._wrap()
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """Return the rings, keys and values by turns."""
+        """Return the rings, keys and values by turns, as the engine lays them out."""
         return self._arrays
 
 
@@ -72,7 +89,7 @@ class _Binding:
         session: ort.InferenceSession,
         cache: OrtCache,
         manifest: Manifest,
-        names: list[str],
+        layout: Sequence[_RingLayout],
         tokens: int,
         logits: int,
     ):
@@ -92,9 +109,9 @@ class _Binding:
         for name, array in inputs.items():
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
-        for name, ring in zip(names, cache.values, strict=True):
-            self.io.bind_ortvalue_input(f"past_key_values.{name}", ring)
-            self.io.bind_ortvalue_output(f"present.{name}", ring)
+        for ring, value in zip(layout, cache.values, strict=True):
+            self.io.bind_ortvalue_input(f"past_key_values.{ring.name}", value)
+            self.io.bind_ortvalue_output(f"present.{ring.name}", value)
 
 
 class OrtEngine:
@@ -107,13 +124,17 @@ class OrtEngine:
         except Exception as exc:  # onnxruntime's errors share no base class of their own
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
         self._manifest = manifest
-        self._names = [f"{i}.{kind}" for i in range(manifest.model.num_hidden_layers) for kind in ("key", "value")]
-        types = {value.name: value.type for value in self._session.get_inputs()}
-        self._dtype = _TYPES[types["past_key_values.0.key"]]
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._dtype = _TYPES[inputs["past_key_values.0.key"].type]
+        self._layout = [
+            _RingLayout(name, tuple(inputs[f"past_key_values.{name}"].shape), kind)
+            for i, kind in enumerate(layer_kinds(manifest.model.layer_windows)[1])
+            for name in (f"{i}.key", f"{i}.value")
+        ]
 
     def new_cache(self, batch: int, capacities: Sequence[int]) -> OrtCache:
         """Allocate rings for `batch` rows, with C slots for each kind of layer."""
-        return OrtCache(batch, self._manifest, capacities, self._dtype)
+        return OrtCache(batch, self._layout, capacities, self._dtype)
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
@@ -123,7 +144,7 @@ class OrtEngine:
         if binding is None:
             if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
                 cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            binding = _Binding(self._session, cache, self._manifest, self._names, *shape)
+            binding = _Binding(self._session, cache, self._manifest, self._layout, *shape)
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices

@@ -1,5 +1,6 @@
 """The CPU's lowerings change how a graph computes and not what."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from galerne.export.checkpoint.open import open_checkpoint
+from galerne.export.export import export
 from galerne.optimize.lower.group_heads import group_heads
+from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.widen import widen
+from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.model import Model
@@ -57,3 +62,34 @@ def test_widened_graph_computes_in_float32(bundle_of: Bundles, tmp_path: Path, n
     graph = ir.load(tmp_path / GRAPH).graph
     assert Counter(value.dtype for value in (*graph.inputs, *graph.outputs))[ir.DataType.FLOAT16] == 0
     assert graph.initializers["model.embed_tokens.weight"].dtype == ir.DataType.FLOAT16  # stored as it was
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_single_token_attention_gives_the_same_logits(
+    tmp_path: Path, saved_mistral: Callable[..., Path], kv_heads: int
+) -> None:
+    """In chunks, token by token past the window and the ring, and of rows of different lengths."""
+    checkpoint = open_checkpoint(saved_mistral(num_key_value_heads=kv_heads))
+    bundle = export(checkpoint, recipe.load("fp32"), tmp_path / "bundle", chunk=8)
+    group = functools.partial(group_heads, heads=4, kv_heads=kv_heads, head_dim=32)
+    plain, changed = Model.open(bundle.path), lowered(bundle, tmp_path, group, single_token)
+    assert np.allclose(logits(changed), logits(plain), atol=1e-4)
+    random = np.random.default_rng(1)
+    rows, changed_rows = plain.rows(2), changed.rows(2)
+    for counts in ((5, 3), *((1, 1),) * 60, (1, 0), (0, 1), (7, 1), (1, 1)):
+        tokens = [random.integers(0, 501, count).tolist() for count in counts]
+        assert np.allclose(changed_rows.feed(tokens), rows.feed(tokens), atol=1e-4, equal_nan=True)
+    kinds = Counter(node.op_type for node in ir.load(tmp_path / GRAPH).graph)
+    assert (kinds["If"], kinds["Attention"]) == (2, 0)
+    key, value = changed_rows.cache.arrays()[:2]
+    assert value.shape == (key.shape[0], key.shape[1], key.shape[3], key.shape[2])
+
+
+def test_single_token_leaves_attention_without_a_ring_alone(bundle_of: Bundles) -> None:
+    model = ir.load(bundle_of("fp32").file(GRAPH))
+    for node in model.graph:
+        if node.op_type == "TensorScatter":
+            node.op_type = "ScatterElements"
+    before = [node.op_type for node in model.graph]
+    single_token(model)
+    assert [node.op_type for node in model.graph] == before

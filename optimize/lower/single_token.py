@@ -1,0 +1,146 @@
+"""Lowering for CPUs: attention of one new token a row that reads the ring in place.
+
+ONNX Runtime's matrix product copies its right operand into packed panels. For one token that copy is most of the work of
+attention: the rings are the right operands of both products, and hardly anything is multiplied with them. Here they are
+the left ones, which are read where they lie: keys times queries, and values, kept transposed, times weights. More tokens
+go the way of Attention, which is faster for them.
+Measured on one AVX-512 core, 22 layers of 32/4 heads of 64: 3.5 ms in place of 5.0 over 640 slots, 6.5 in place of 10.1
+over 1280; the branch itself costs 5 microseconds a layer.
+"""
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+_FUSED = "com.microsoft"  # ONNX Runtime's own domain: FusedMatMul transposes and scales within the product
+_SWAPPED = [0, 1, 3, 2]
+# What a hidden slot adds to its score: far below any, and finite, so that no difference of two becomes NaN.
+_HIDDEN = -1e30
+
+
+def single_token(model: ir.Model) -> None:
+    """Give every Attention node over float32 rings a branch for runs of one token, in place; query heads must be grouped.
+
+    The values' rings become [B, num_key_value_heads, head_dim, C]: the engine's inputs say so by their axes' names.
+    """
+    graph = model.graph
+    found = [node for node in graph if node.op_type == "Attention" and _value_ring(node) is not None]
+    if not found:
+        return
+    model.opset_imports[_FUSED] = 1
+    alone = _is_one_token(graph, found[0])
+    masks: dict[ir.Value, ir.Value] = {}
+    for node in found:
+        _transpose_ring(graph, node)
+        mask = node.inputs[3]
+        assert mask is not None
+        if mask not in masks:
+            masks[mask] = _additive(graph, node, mask, len(masks))
+        branch = ir.node(
+            "If",
+            [alone],
+            {"then_branch": _one(node, masks[mask]), "else_branch": _many(node)},
+            name=f"{node.name}/single_token/If",
+        )
+        branch.outputs[0].name = f"{branch.name}_output_0"
+        graph.insert_before(node, branch)
+        ir.convenience.replace_all_uses_with(node.outputs[0], branch.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _value_ring(attention: ir.Node) -> ir.Node | None:
+    """Return the TensorScatter that wrote an Attention's values, where the ring has no other reader."""
+    values = attention.inputs[2]
+    scatter = None if values is None else values.producer()
+    if scatter is None or scatter.op_type != "TensorScatter" or len(attention.inputs) < 4:
+        return None
+    return scatter if len(scatter.outputs[0].uses()) == 1 else None
+
+
+def _transpose_ring(graph: ir.Graph, attention: ir.Node) -> None:
+    """Keep the ring of values as [B, Hkv, D, C]."""
+    scatter = _value_ring(attention)
+    assert scatter is not None
+    past, new, present = scatter.inputs[0], scatter.inputs[1], scatter.outputs[0]
+    assert past is not None and new is not None
+    turned = ir.node("Transpose", [new], {"perm": _SWAPPED}, name=f"{scatter.name}/single_token/Transpose")
+    turned.outputs[0].name = f"{turned.name}_output_0"
+    graph.insert_before(scatter, turned)
+    scatter.replace_input_with(1, turned.outputs[0])
+    scatter.attributes["axis"] = ir.AttrInt64("axis", 3)
+    for value in (past, present):
+        assert value.shape is not None
+        value.shape = ir.Shape([value.shape[axis] for axis in _SWAPPED])
+
+
+def _is_one_token(graph: ir.Graph, first: ir.Node) -> ir.Value:
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    size = ir.node("Shape", [ids], {"start": 1, "end": 2}, name="/single_token/Shape")
+    one = _constant(graph, "/single_token/one", np.array([1], np.int64))
+    equal = ir.node("Equal", [size.outputs[0], one], name="/single_token/Equal")
+    alone = ir.node("Squeeze", [equal.outputs[0]], name="/single_token/Squeeze")
+    for node in (size, equal, alone):
+        node.outputs[0].name = f"{node.name}_output_0"
+    graph.insert_before(graph[0], [size, equal, alone])
+    return alone.outputs[0]
+
+
+def _additive(graph: ir.Graph, before: ir.Node, mask: ir.Value, number: int) -> ir.Value:
+    """Return the mask's last row as a term of the scores, [B, 1, 1, C] float32: with one token it is the only row."""
+    name = f"/single_token/mask_{number}"
+    row = ir.node(
+        "Gather", [mask, _constant(graph, f"{name}/last", np.array([-1], np.int64))], {"axis": 2}, name=f"{name}/Gather"
+    )
+    seen = _constant(graph, f"{name}/seen", np.array(0, np.float32))
+    hidden = _constant(graph, f"{name}/hidden", np.array(_HIDDEN, np.float32))
+    term = ir.node("Where", [row.outputs[0], seen, hidden], name=f"{name}/Where")
+    for node in (row, term):
+        node.outputs[0].name = f"{node.name}_output_0"
+    graph.insert_before(before, [row, term])
+    return term.outputs[0]
+
+
+def _one(attention: ir.Node, mask: ir.Value) -> ir.Graph:
+    query, keys, values = attention.inputs[:3]
+    assert query is not None and keys is not None and values is not None and keys.shape is not None
+    given = attention.attributes.get("scale")
+    head_dim = keys.shape[3]
+    assert isinstance(head_dim, int)
+    scale = 1 / math.sqrt(head_dim) if given is None else given.as_float()
+    name = f"{attention.name}/single_token/"
+    scores = ir.node(
+        "FusedMatMul", [keys, query], {"transB": 1, "alpha": scale}, domain=_FUSED, name=f"{name}keys"
+    )  # [B, Hkv, C, G]
+    turned = ir.node("Transpose", [scores.outputs[0]], {"perm": _SWAPPED}, name=f"{name}scores")
+    masked = ir.node("Add", [turned.outputs[0], mask], name=f"{name}masked")
+    weights = ir.node("Softmax", [masked.outputs[0]], {"axis": -1}, name=f"{name}weights")
+    attended = ir.node(
+        "FusedMatMul", [values, weights.outputs[0]], {"transB": 1}, domain=_FUSED, name=f"{name}values"
+    )  # [B, Hkv, D, G]
+    result = ir.node("Transpose", [attended.outputs[0]], {"perm": _SWAPPED}, name=f"{name}result")
+    return _branch([scores, turned, masked, weights, attended, result])
+
+
+def _many(attention: ir.Node) -> ir.Graph:
+    query, keys, values, mask = attention.inputs[:4]
+    name = f"{attention.name}/many/"
+    turned = ir.node("Transpose", [values], {"perm": _SWAPPED}, name=f"{name}values")
+    attributes = {key: attribute.value for key, attribute in attention.attributes.items()}
+    result = ir.node("Attention", [query, keys, turned.outputs[0], mask], attributes, name=f"{name}Attention")
+    return _branch([turned, result])
+
+
+def _branch(nodes: list[ir.Node]) -> ir.Graph:
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}_output_0"
+    result = nodes[-1].outputs[0]
+    result.type = ir.TensorType(ir.DataType.FLOAT)
+    return ir.Graph([], [result], nodes=nodes, name=nodes[-1].name)
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    graph.register_initializer(value)
+    return value
