@@ -30,15 +30,13 @@ def translations(compute_type: torch.dtype) -> Translations:
         return back(_onnx.Mul(_onnx.Div(x, _onnx.Sqrt(_onnx.Add(variance, _number(eps)))), weight))
 
     def onnx_rotate(x: Any, cos: Any, sin: Any) -> Any:
-        first, second = _onnx.Split(wide(x), num_outputs=2, axis=-1)
-        cos, sin = _onnx.Unsqueeze(cos, _integers(1)), _onnx.Unsqueeze(sin, _integers(1))  # [B, 1, S, D/2]
-        return back(
-            _onnx.Concat(
-                _onnx.Sub(_onnx.Mul(first, cos), _onnx.Mul(second, sin)),
-                _onnx.Add(_onnx.Mul(second, cos), _onnx.Mul(first, sin)),
-                axis=-1,
-            )
-        )
+        # The halves change places and sin changes its sign in the first, so that all layers share what is made of sin and cos.
+        x = wide(x)
+        first, second = _onnx.Split(x, num_outputs=2, axis=-1)
+        turned = _onnx.Concat(second, first, axis=-1)
+        cos = _onnx.Unsqueeze(_onnx.Concat(cos, cos, axis=-1), _integers(1))  # [B, 1, S, D]
+        sin = _onnx.Unsqueeze(_onnx.Concat(_onnx.Neg(sin), sin, axis=-1), _integers(1))
+        return back(_onnx.Add(_onnx.Mul(x, cos), _onnx.Mul(turned, sin)))
 
     def onnx_update_ring(past: Any, new: Any, write_indices: Any) -> Any:
         # ScatterND and not ScatterElements, which needs an index for each number and is a plugin in TensorRT 10; and not
