@@ -22,9 +22,9 @@ def clean(model: ir.Model) -> None:
     _ask_inputs_for_sizes(graph)
     for simplify in (
         passes.IdentityEliminationPass(),
-        passes.CommonSubexpressionEliminationPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),  # once equal constants are one, as it compares what nodes read
         passes.RemoveUnusedNodesPass(),
         passes.TopologicalSortPass(),
     ):
