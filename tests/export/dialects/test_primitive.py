@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -24,7 +25,7 @@ from galerne.targets import operator_table, target
 
 Bundles = Callable[[str], Bundle]
 TENSORRT = operator_table.load("tensorrt-10.3")
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_attention_heads": 4,
