@@ -7,6 +7,7 @@ import typer
 
 from galerne.cli.output import Json, emit, size
 from galerne.errors import InputError
+from galerne.runtime.manifest import Dialect
 
 # Must read as the keys of galerne.optimize.quantize.recipe.PRECISIONS, which a test holds them to.
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -31,6 +32,9 @@ def export(
     max_context: Annotated[
         int | None, typer.Option(help="The longest sequence; sizes the ring where there is no window.")
     ] = None,
+    dialect: Annotated[
+        Dialect, typer.Option(help="The graph's operators: ONNX's newest, or basic ones only, for an older stack.")
+    ] = "opset24",
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle: trace on the meta device, then stream the weights."""
@@ -48,6 +52,7 @@ def export(
         out,
         chunk=DEFAULT_CHUNK if chunk is None else chunk,
         max_context=max_context,
+        dialect=dialect,
     )
     total = sum(entry.size for entry in bundle.manifest.files.values())
     graph = bundle.manifest.graph

@@ -30,6 +30,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
         ["model", f"{model.architecture}, {model.num_hidden_layers} layers, hidden {model.hidden_size}"],
         ["heads", f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"],
         ["window", "; ".join(windows)],
+        ["graph", f"{graph.dialect}, ONNX opset {graph.opset}"],
         ["ring", f"{' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk}, {graph.compute_type}"],
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
         ["recipe", str(manifest.recipe["description"])],

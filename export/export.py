@@ -20,6 +20,7 @@ from galerne.files import staged_folder
 from galerne.optimize.graph.clean import clean
 from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
+from galerne.optimize.quantize.qdq import opset_of
 from galerne.optimize.quantize.recipe import Recipe
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
@@ -66,6 +67,7 @@ def export(
         model.graph.initializers[_FREQUENCIES].const_value = frequencies
         with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
             write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
+        model.opset_imports[""] = facts.opset
         ir.save(model, folder / GRAPH)
         for file, data in sorted(tokenizer.items()):
             (folder / file).write_bytes(data)
@@ -100,7 +102,9 @@ def graph_facts(
     limit = math.inf if max_context is None else max_context
     chunk = int(min(chunk, limit))
     capacities = tuple(int(limit if window is None else min(window + chunk, limit)) for window in windows)
-    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacities, max_context)
+    # int4 needs a newer DequantizeLinear than the primitive dialect's other operators do.
+    opset = max(dialect_module(dialect).OPSET, opset_of(recipe))
+    return GraphFacts(dialect, opset, recipe.compute, chunk, capacities, max_context)
 
 
 def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:

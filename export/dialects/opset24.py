@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from onnxscript.values import Opset
 
-from galerne.export import ops as _defined  # noqa: F401  defines torch.ops.galerne
-from galerne.export.dialects.dialect import Translations, casts
+from galerne.export.dialects.dialect import Translations, casts, layout
 
 OPSET = 24
 _onnx = Opset("", OPSET)
@@ -25,37 +24,19 @@ def translations(compute_type: torch.dtype) -> Translations:
     def onnx_rotate(x: Any, cos: Any, sin: Any) -> Any:
         return back(_onnx.RotaryEmbedding(wide(x), cos, sin))
 
-    def onnx_split_heads(x: Any, heads: int, head_dim: int) -> Any:
-        return _onnx.Transpose(_onnx.Reshape(x, _onnx.Constant(value_ints=[0, 0, heads, head_dim])), perm=[0, 2, 1, 3])
-
-    def onnx_merge_heads(x: Any) -> Any:
-        return _onnx.Reshape(_onnx.Transpose(x, perm=[0, 2, 1, 3]), _onnx.Constant(value_ints=[0, 0, -1]))
-
     def onnx_update_ring(past: Any, new: Any, write_indices: Any) -> Any:
         # "linear" and not "circular": TensorRT has the linear one only, so the caller splits at the ring's end.
         return _onnx.TensorScatter(past, new, write_indices, axis=2, mode="linear")
-
-    def onnx_held_positions(position_ids: Any, ring: Any) -> Any:
-        newest = _onnx.Gather(position_ids, _onnx.Constant(value_ints=[-1]), axis=1)
-        capacity = _onnx.Squeeze(_onnx.Shape(ring, start=2, end=3))
-        slots = _onnx.Range(_onnx.Constant(value_int=0), capacity, _onnx.Constant(value_int=1))
-        return _onnx.Sub(newest, _onnx.Mod(_onnx.Sub(newest, slots), capacity))
 
     def onnx_attend(query: Any, keys: Any, values: Any, mask: Any) -> Any:
         # The explicit mask and nothing else: TensorRT drops nonpad_kv_seqlen and reads is_causal from the upper left.
         return _onnx.Attention(query, keys, values, mask)[0]
 
-    def onnx_select_positions(x: Any, indices: Any) -> Any:
-        return _onnx.GatherND(x, _onnx.Unsqueeze(indices, _onnx.Constant(value_ints=[-1])), batch_dims=1)
-
     ops = torch.ops.galerne
     return {
+        **layout(_onnx),
         ops.rms_norm.default: onnx_rms_norm,
         ops.rotate.default: onnx_rotate,
-        ops.split_heads.default: onnx_split_heads,
-        ops.merge_heads.default: onnx_merge_heads,
         ops.update_ring.default: onnx_update_ring,
-        ops.held_positions.default: onnx_held_positions,
         ops.attend.default: onnx_attend,
-        ops.select_positions.default: onnx_select_positions,
     }

@@ -18,12 +18,13 @@ def clean(model: ir.Model) -> None:
     graph.initializers.clear()
 
     fold_constants(model, onnx_shape_inference=False)
-    _drop_unused_outputs(graph)
+    _drop_optional(graph)
+    _ask_inputs_for_sizes(graph)
     for simplify in (
         passes.IdentityEliminationPass(),
-        passes.CommonSubexpressionEliminationPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),  # once equal constants are one, as it compares what nodes read
         passes.RemoveUnusedNodesPass(),
         passes.TopologicalSortPass(),
     ):
@@ -35,8 +36,30 @@ def clean(model: ir.Model) -> None:
         graph.initializers[weight.name] = weight
 
 
-def _drop_unused_outputs(graph: ir.Graph) -> None:
-    """Attention is built with its optional outputs; TensorRT refuses a node that has them."""
+def _drop_optional(graph: ir.Graph) -> None:
+    """Nodes are built with all outputs and all attributes, and TensorRT refuses some that it could do without."""
     for node in graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)
+        elif node.op_type == "ScatterND" and node.attributes["reduction"].as_string() == "none":
+            del node.attributes["reduction"]
+
+
+def _ask_inputs_for_sizes(graph: ir.Graph) -> None:
+    """Let each question for a size that is an input's too go to the input, so that all layers ask once."""
+    known: dict[ir.SymbolicDim, tuple[ir.Value, int]] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                known.setdefault(size, (value, axis))
+    for node in graph:
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        if source is None or source.shape is None or "start" not in node.attributes or "end" not in node.attributes:
+            continue
+        start, end = node.attributes["start"].as_int(), node.attributes["end"].as_int()
+        size = source.shape[start]
+        if end == start + 1 and isinstance(size, ir.SymbolicDim) and size in known:
+            value, axis = known[size]
+            node.replace_input_with(0, value)
+            node.attributes["start"] = ir.AttrInt64("start", axis)
+            node.attributes["end"] = ir.AttrInt64("end", axis + 1)

@@ -42,6 +42,8 @@ def fold_weights(model: ir.Model, *, keep_tied: bool) -> list[Weight]:
         if transpose is None or transpose.op_type != "Transpose":
             continue
         parts = _parts(transpose)
+        if not all(_is_weight(part) for part in parts):  # such as the keys of an attention that is spelled out
+            continue
         if keep_tied and len(parts) == 1 and _is_table(parts[0]):
             continue
         weight = _fused(parts)
@@ -62,9 +64,7 @@ def _parts(transpose: ir.Node) -> list[ir.Value]:
     source = transpose.inputs[0]
     assert source is not None
     concat = source.producer()
-    parts = [source] if concat is None else [part for part in concat.inputs if part is not None]
-    assert all(part.producer() is None for part in parts), f"{transpose.name}: not a concatenation of weights"
-    return parts
+    return [source] if concat is None else [part for part in concat.inputs if part is not None]
 
 
 def _fused(parts: list[ir.Value]) -> Weight:

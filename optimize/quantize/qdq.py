@@ -2,7 +2,18 @@
 
 import onnx_ir as ir
 
+from galerne.optimize.quantize.recipe import Recipe
+
 VALUES_SUFFIX, SCALE_SUFFIX = "_quantized", "_scale"
+
+
+def opset_of(recipe: Recipe) -> int:
+    """Return the first ONNX opset whose DequantizeLinear reads a recipe's weights.
+
+    Source: ONNX's changelog of operators. int4 and blocks came in 21, scales in float16 and bfloat16 in 19.
+    """
+    bits = {recipe.weights.bits, recipe.lm_head.bits}
+    return 21 if 4 in bits else 19 if 8 in bits else 1
 
 
 def insert_dequantize(
