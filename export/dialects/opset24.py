@@ -10,6 +10,8 @@ from galerne.export.dialects.dialect import Translations, casts
 
 OPSET = 24
 _onnx = Opset("", OPSET)
+# The score of a slot that is not seen: in float32, exp of it is exactly 0 beside any score that is.
+_HIDDEN = -1e30
 
 
 def translations(compute_type: torch.dtype) -> Translations:
@@ -41,9 +43,26 @@ def translations(compute_type: torch.dtype) -> Translations:
         slots = _onnx.Range(_onnx.Constant(value_int=0), capacity, _onnx.Constant(value_int=1))
         return _onnx.Sub(newest, _onnx.Mod(_onnx.Sub(newest, slots), capacity))
 
-    def onnx_attend(query: Any, keys: Any, values: Any, mask: Any) -> Any:
+    def onnx_attend(
+        query: Any, keys: Any, values: Any, mask: Any, scale: float | None = None, softcap: float | None = None
+    ) -> Any:
         # The explicit mask and nothing else: TensorRT drops nonpad_kv_seqlen and reads is_causal from the upper left.
-        return _onnx.Attention(query, keys, values, mask)[0]
+        if softcap is None:
+            return _onnx.Attention(query, keys, values, mask, **({} if scale is None else {"scale": scale}))[0]
+        # TensorRT does not parse an Attention that has a softcap.
+        kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        groups = query.shape[1] // kv_heads
+        scaled = _onnx.Mul(wide(query), _onnx.Constant(value_float=scale or head_dim**-0.5))
+        # Query heads that share a key head stand below each other, so that no key is repeated: [B, Hkv, G*S, D].
+        stacked = _onnx.Reshape(back(scaled), _onnx.Constant(value_ints=[0, kv_heads, -1, head_dim]))
+        scores = wide(_onnx.MatMul(stacked, _onnx.Transpose(keys, perm=[0, 1, 3, 2])))
+        bound = _onnx.Constant(value_float=softcap)
+        scores = _onnx.Mul(_onnx.Tanh(_onnx.Div(scores, bound)), bound)
+        seen = _onnx.Concat(*[mask] * groups, axis=2) if groups > 1 else mask  # [B, 1, G*S, C]
+        weights = _onnx.Softmax(_onnx.Where(seen, scores, _onnx.Constant(value_float=_HIDDEN)), axis=-1)
+        attended = _onnx.MatMul(back(weights), values)
+        heads = _onnx.Constant(value_ints=[0, kv_heads * groups, -1, head_dim])
+        return _onnx.Reshape(attended, heads)
 
     def onnx_select_positions(x: Any, indices: Any) -> Any:
         return _onnx.GatherND(x, _onnx.Unsqueeze(indices, _onnx.Constant(value_ints=[-1])), batch_dims=1)
