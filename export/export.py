@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 import galerne
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.decoder import Decoder, rotary_frequencies
+from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
 from galerne.export.spec import DecoderSpec
@@ -28,7 +30,6 @@ from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manife
 
 DEFAULT_CHUNK = 256
 _TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
-_FREQUENCIES = "model.rotary_frequencies"
 
 
 def export(
@@ -62,9 +63,13 @@ def export(
             clean(model)
             weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.lm_head.bits is None)
             name_graph(model, layer_kinds(spec.layer_windows)[1])
-        stored = [weight for weight in weights if weight.name != _FREQUENCIES]
-        frequencies = ir.tensor(rotary_frequencies(spec).numpy(), name=_FREQUENCIES)
-        model.graph.initializers[_FREQUENCIES].const_value = frequencies
+        frequencies = {
+            f"model.rotary.{i}.frequencies": np.array(rotary.frequencies, np.float32)
+            for i, rotary in enumerate(dict.fromkeys(spec.layer_rotary))
+        }
+        stored = [weight for weight in weights if weight.name not in frequencies]
+        for name, values in frequencies.items():
+            model.graph.initializers[name].const_value = ir.tensor(values, name=name)
         with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
             write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
         model.opset_imports[""] = facts.opset
@@ -97,6 +102,12 @@ def graph_facts(
         if size is not None and size < 1:
             raise InputError(f"--{option}: expected at least 1, found {size}")
     windows, _ = layer_kinds(spec.layer_windows)
+    if spec.context_limit is not None and (max_context or 0) > spec.context_limit:
+        raise InputError(
+            f"--max-context: expected at most {spec.context_limit}, found {max_context}: in a longer text the source rotates "
+            "all keys by other angles, those in the cache too"
+        )
+    max_context = max_context or spec.context_limit
     if None in windows:
         max_context = max_context or spec.max_position_embeddings
     limit = math.inf if max_context is None else max_context
@@ -112,6 +123,12 @@ def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in Decoder(spec).named_parameters()}
     found = checkpoint.shapes()
+    unused = sorted(found.keys() - wanted.keys() - _harmless(spec, found))
+    if unused:
+        raise InputError(
+            f"{checkpoint.path}: tensor {unused[0]}: no part of a {spec.architecture} as its config describes it, so Galerne "
+            f"would leave it out ({len(unused)} such tensors)"
+        )
     for name, shape in wanted.items():
         if name not in found:
             raise InputError(f"{checkpoint.path}: tensor {name}: missing; expected shape {list(shape)}")
@@ -119,6 +136,12 @@ def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
             raise InputError(
                 f"{checkpoint.path}: tensor {name}: shape {list(found[name])}; expected {list(shape)} from config.json"
             )
+
+
+def _harmless(spec: DecoderSpec, names: Iterable[str]) -> set[str]:
+    """Return the tensors that say what is known without them: rotary frequencies, and a head that is the embedding."""
+    tied = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    return tied | {name for name in names if name.endswith(".rotary_emb.inv_freq")}
 
 
 def _model_facts(spec: DecoderSpec) -> ModelFacts:
@@ -132,7 +155,7 @@ def _model_facts(spec: DecoderSpec) -> ModelFacts:
         head_dim=spec.head_dim,
         vocab_size=spec.vocab_size,
         layer_windows=spec.layer_windows,
-        rope_theta=spec.rope_theta,
+        rope_theta=spec.layer_rotary[0].theta,
         max_position_embeddings=spec.max_position_embeddings,
         tie_word_embeddings=spec.tie_word_embeddings,
         bos_token_id=spec.bos_token_id,

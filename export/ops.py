@@ -61,9 +61,23 @@ def held_positions(position_ids: Tensor, ring: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("galerne::attend", mutates_args=())
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of query [B, Hq, S, D] over the slots of keys and values [B, Hkv, C, D] where mask [B, 1, S, C] is true."""
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Attention of query [B, Hq, S, D] over the slots of keys and values [B, Hkv, C, D] where mask [B, 1, S, C] is true.
+
+    scale: of the scores; None for 1 / sqrt(D). softcap: the bound c in c * tanh(score / c); None for no bound.
+    """
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    scores = (query @ keys.transpose(2, 3)).float() * (query.shape[3] ** -0.5 if scale is None else scale)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    attended: Tensor = scores.softmax(dim=-1).to(values.dtype) @ values
+    return attended
 
 
 @torch.library.custom_op("galerne::select_positions", mutates_args=())
@@ -103,7 +117,7 @@ def _(position_ids: Tensor, ring: Tensor) -> Tensor:
 
 
 @attend.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None, softcap: float | None) -> Tensor:
     return torch.empty_like(query)
 
 

@@ -37,7 +37,8 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opse
         for name, parameter in module.named_parameters():
             if "norm" in name.rsplit(".", 2)[-2]:
                 parameter.data = parameter.data.float()
-        module.model.rotary_frequencies = module.model.rotary_frequencies.float()
+        for buffer in module.buffers():
+            buffer.data = buffer.data.float()
         past = [
             torch.zeros(_BATCH, spec.num_key_value_heads, _SLOTS, spec.head_dim, dtype=compute_type)
             for _ in range(2 * spec.num_hidden_layers)

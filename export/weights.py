@@ -144,9 +144,13 @@ def rounded_like(tensor: torch.Tensor, name: str, recipe: Recipe) -> torch.Tenso
     """Return a checkpoint's tensor as the recipe stores it, widened again, for a PyTorch model that must match a bundle.
 
     Args:
-        tensor: [out, in] for a linear weight, float32.
-        name: of the tensor in the checkpoint.
+        tensor: [out, in] for a linear weight, [experts, out, in] for those of several experts, float32.
+        name: of the tensor in transformers.
     """
+    if tensor.ndim == 3:
+        return torch.stack([rounded_like(part, name, recipe) for part in tensor])
+    if name.endswith(".bias"):
+        return tensor.to(getattr(torch, recipe.compute)).float()
     if tensor.ndim != 2:
         return tensor
     form = WeightFormat(recipe.compute) if name == "model.embed_tokens.weight" else recipe.format_for(name)

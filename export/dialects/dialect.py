@@ -1,6 +1,7 @@
 """Finds the dialect that a graph is written in: the modules of this folder named as a dialect are one each."""
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -8,6 +9,7 @@ import torch
 from onnxscript.values import Opset
 
 from galerne.export import ops as _defined  # noqa: F401  defines torch.ops.galerne
+from galerne.optimize.lower.tensorrt import HIDDEN
 from galerne.runtime.manifest import Dialect
 
 Translations = dict[Callable[..., Any], Callable[..., Any]]
@@ -60,3 +62,32 @@ def layout(onnx: Opset) -> Translations:
         ops.held_positions.default: onnx_held_positions,
         ops.select_positions.default: onnx_select_positions,
     }
+
+
+def basic_attend(onnx: Opset, compute_type: torch.dtype) -> Callable[..., Any]:
+    """Return attention in basic operators, with scores, softmax and softcap in float32."""
+    wide, back = casts(onnx, compute_type)
+
+    def onnx_attend(
+        query: Any, keys: Any, values: Any, mask: Any, scale: float | None = None, softcap: float | None = None
+    ) -> Any:
+        heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
+        # The query and not the product is scaled: it is smaller, and the product of long vectors may exceed float16. The
+        # scale stays float32, so that an engine that widens the graph is not left with one that float16 rounded.
+        scaled = onnx.Mul(wide(query), onnx.Constant(value_float=scale or 1 / math.sqrt(head_dim)))
+        query = back(scaled)
+        if group := (heads // kv_heads if heads > kv_heads else 0):
+            # The heads that share a key head are one head with more queries, so that no key is read or copied twice.
+            query = onnx.Reshape(query, onnx.Constant(value_ints=[0, kv_heads, -1, head_dim]))  # [B, Hkv, G*S, D]
+            mask = onnx.Concat(*[mask] * group, axis=2)  # [B, 1, G*S, C]
+        scores = wide(onnx.MatMul(query, onnx.Transpose(keys, perm=[0, 1, 3, 2])))
+        if softcap is not None:
+            bound = onnx.Constant(value_float=softcap)
+            scores = onnx.Mul(onnx.Tanh(onnx.Div(scores, bound)), bound)
+        # Where and not Add: what a slot that is not seen holds must not matter, however large.
+        hidden = onnx.Constant(value_float=HIDDEN)
+        weights = back(onnx.Softmax(onnx.Where(mask, scores, hidden), axis=-1))
+        attended = onnx.MatMul(weights, values)
+        return onnx.Reshape(attended, onnx.Constant(value_ints=[0, heads, -1, head_dim])) if group else attended
+
+    return onnx_attend

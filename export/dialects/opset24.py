@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from onnxscript.values import Opset
 
-from galerne.export.dialects.dialect import Translations, casts, layout
+from galerne.export.dialects.dialect import Translations, basic_attend, casts, layout
 
 OPSET = 24
 _onnx = Opset("", OPSET)
@@ -17,6 +17,7 @@ def translations(compute_type: torch.dtype) -> Translations:
     Norms and rotation run in float32 between casts where the graph computes in another type.
     """
     wide, back = casts(_onnx, compute_type)
+    in_basics = basic_attend(_onnx, compute_type)
 
     def onnx_rms_norm(x: Any, weight: Any, eps: float) -> Any:
         return back(_onnx.RMSNormalization(wide(x), weight, axis=-1, epsilon=eps))
@@ -28,9 +29,13 @@ def translations(compute_type: torch.dtype) -> Translations:
         # "linear" and not "circular": TensorRT has the linear one only, so the caller splits at the ring's end.
         return _onnx.TensorScatter(past, new, write_indices, axis=2, mode="linear")
 
-    def onnx_attend(query: Any, keys: Any, values: Any, mask: Any) -> Any:
+    def onnx_attend(
+        query: Any, keys: Any, values: Any, mask: Any, scale: float | None = None, softcap: float | None = None
+    ) -> Any:
+        if softcap is not None:  # TensorRT does not parse an Attention that has one
+            return in_basics(query, keys, values, mask, scale, softcap)
         # The explicit mask and nothing else: TensorRT drops nonpad_kv_seqlen and reads is_causal from the upper left.
-        return _onnx.Attention(query, keys, values, mask)[0]
+        return _onnx.Attention(query, keys, values, mask, **({} if scale is None else {"scale": scale}))[0]
 
     ops = torch.ops.galerne
     return {

@@ -3,14 +3,12 @@
 For stacks that are older than those operators, such as TensorRT 10.3 on JetPack 6; `targets/operators/` has what it takes.
 """
 
-import math
 from typing import Any
 
 import torch
 from onnxscript.values import Opset
 
-from galerne.export.dialects.dialect import Translations, casts, layout
-from galerne.optimize.lower.tensorrt import HIDDEN
+from galerne.export.dialects.dialect import Translations, basic_attend, casts, layout
 
 OPSET = 20
 _onnx = Opset("", OPSET)
@@ -50,28 +48,13 @@ def translations(compute_type: torch.dtype) -> Translations:
         place = _onnx.Concat(*[_onnx.Unsqueeze(part, _integers(3)) for part in parts], axis=3)  # [B, H, S, 3]
         return _onnx.ScatterND(past, place, new)
 
-    def onnx_attend(query: Any, keys: Any, values: Any, mask: Any) -> Any:
-        heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
-        # The query and not the product is scaled: it is smaller, and the product of long vectors may exceed float16. The
-        # scale stays float32, so that an engine that widens the graph is not left with one that float16 rounded.
-        query = back(_onnx.Mul(wide(query), _number(1 / math.sqrt(head_dim))))
-        if group := (heads // kv_heads if heads > kv_heads else 0):
-            # The heads that share a key head are one head with more queries, so that no key is read or copied twice.
-            query = _onnx.Reshape(query, _integers(0, kv_heads, -1, head_dim))  # [B, Hkv, G*S, D]
-            mask = _onnx.Concat(*[mask] * group, axis=2)  # [B, 1, G*S, C]
-        scores = wide(_onnx.MatMul(query, _onnx.Transpose(keys, perm=[0, 1, 3, 2])))
-        # Where and not Add: what a slot that is not seen holds must not matter, however large.
-        weights = back(_onnx.Softmax(_onnx.Where(mask, scores, _number(HIDDEN)), axis=-1))
-        attended = _onnx.MatMul(weights, values)
-        return _onnx.Reshape(attended, _integers(0, heads, -1, head_dim)) if group else attended
-
     ops = torch.ops.galerne
     return {
         **layout(_onnx),
         ops.rms_norm.default: onnx_rms_norm,
         ops.rotate.default: onnx_rotate,
         ops.update_ring.default: onnx_update_ring,
-        ops.attend.default: onnx_attend,
+        ops.attend.default: basic_attend(_onnx, compute_type),
     }
 
 

@@ -1,6 +1,7 @@
-"""Llama with plain rotary positions (Llama 2, SmolLM2). Source: transformers 5.24, models/llama/modeling_llama.py."""
+"""Llama 2 and 3, SmolLM2. Source: transformers 5.24, models/llama/modeling_llama.py."""
 
-from galerne.export.spec import ConfigReader, DecoderSpec, base_spec
+from galerne.export.reader import ConfigReader
+from galerne.export.spec import DecoderSpec, base_spec
 
 ARCHITECTURE = "LlamaForCausalLM"
 

@@ -1,6 +1,7 @@
 """Ministral 8B: layers with a window and layers that see every key. Source: transformers 5.24, models/ministral."""
 
-from galerne.export.spec import ConfigReader, DecoderSpec, base_spec
+from galerne.export.reader import ConfigReader
+from galerne.export.spec import DecoderSpec, base_spec
 
 ARCHITECTURE = "MinistralForCausalLM"
 

@@ -3,7 +3,8 @@
 v0.1 has a window of 4096; v0.2 and later say `"sliding_window": null`, and then every key is seen.
 """
 
-from galerne.export.spec import ConfigReader, DecoderSpec, base_spec
+from galerne.export.reader import ConfigReader
+from galerne.export.spec import DecoderSpec, base_spec
 
 ARCHITECTURE = "MistralForCausalLM"
 

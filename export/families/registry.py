@@ -7,7 +7,8 @@ from typing import Any, Protocol, cast
 
 import galerne.export.families
 from galerne.errors import InputError
-from galerne.export.spec import ConfigReader, DecoderSpec
+from galerne.export.reader import ConfigReader
+from galerne.export.spec import DecoderSpec
 
 
 class Family(Protocol):

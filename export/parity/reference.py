@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from galerne.errors import InputError
@@ -99,13 +99,34 @@ def load(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         with _quiet():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True, **extra
+                str(folder),
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                local_files_only=True,
+                **extra,
             )
     except Exception as exc:
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise InputError(f"{checkpoint.path}: transformers cannot load it ({reason})") from exc
     model.eval()
     return model
+
+
+def source_window(checkpoint: Checkpoint) -> int | None:
+    """Return the window of a checkpoint's layers as transformers reads its config, and not as Galerne does; None for none.
+
+    Raises: InputError if transformers cannot read the config.
+    """
+    try:
+        with _quiet():
+            config = AutoConfig.for_model(**{"model_type": "", **checkpoint.config})
+    except Exception as exc:
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise InputError(f"{checkpoint.path}: transformers cannot read its config ({reason})") from exc
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if "sliding_attention" in kinds else None
 
 
 def round_weights(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.candidate import CandidateRunner
 from galerne.export.parity.cases import make_plan
 from galerne.export.parity.compare import compare_case, kl, top1_agreement
-from galerne.export.parity.reference import ReferenceRunner
+from galerne.export.parity.reference import ReferenceRunner, source_window
 from galerne.export.parity.report import AgainstSource, Report
 from galerne.export.parity.tolerances import TABLE, arithmetic
 from galerne.files import sha256_file
@@ -40,7 +40,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     recipe = schema.read(Recipe, bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
     row = arithmetic(recipe, engine)
     tolerance = TABLE[row]
-    plan = make_plan(bundle.manifest, checkpoint.config.get("sliding_window"), greedy=tolerance.greedy)
+    plan = make_plan(bundle.manifest, source_window(checkpoint), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
         reference = ReferenceRunner(checkpoint, recipe, plan, task.advance)
         candidate = CandidateRunner(bundle, engine, plan, task.advance)

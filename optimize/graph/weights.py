@@ -14,7 +14,7 @@ class Weight:
 
     name: of the graph's initializer.
     role: "linear" for [in, out], the right side of a product; "table" for [rows, width]; "vector" for the rest.
-    sources: the checkpoint's tensors; those of a linear weight are [out, in] each and follow each other along `out`.
+    sources: the checkpoint's tensors, which follow each other along `out`; those of a linear weight are [out, in] each.
     shape: of the initializer.
     """
 
@@ -25,7 +25,7 @@ class Weight:
 
 
 def fold_weights(model: ir.Model, *, keep_tied: bool) -> list[Weight]:
-    """Replace each Transpose(Concat(weights)) before a product by one initializer, in place.
+    """Replace each Transpose(Concat(weights)) before a product, and each Concat of biases, by one initializer, in place.
 
     Args:
         model: a cleaned graph.
@@ -36,15 +36,20 @@ def fold_weights(model: ir.Model, *, keep_tied: bool) -> list[Weight]:
     graph = model.graph
     folded: dict[str, Weight] = {}
     for node in list(graph):
+        if node.op_type == "Concat" and all(map(_is_bias, node.inputs)):
+            biases = [value for value in node.inputs if value is not None]
+            bias = _fused_bias(biases)
+            value = ir.Value(name=bias.name, shape=ir.Shape(bias.shape), type=biases[0].type)
+            graph.initializers[bias.name] = value
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            folded[bias.name] = bias
         if node.op_type != "MatMul":
             continue
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         if transpose is None or transpose.op_type != "Transpose":
             continue
         parts = _parts(transpose)
-        if not all(_is_weight(part) for part in parts):  # such as the keys of an attention that is spelled out
-            continue
-        if keep_tied and len(parts) == 1 and _is_table(parts[0]):
+        if not parts or (keep_tied and len(parts) == 1 and _is_table(parts[0])):
             continue
         weight = _fused(parts)
         value = ir.Value(name=weight.name, shape=ir.Shape(weight.shape), type=parts[0].type)
@@ -61,10 +66,12 @@ def fold_weights(model: ir.Model, *, keep_tied: bool) -> list[Weight]:
 
 
 def _parts(transpose: ir.Node) -> list[ir.Value]:
+    """Return the weights that are transposed, alone or as a concatenation; none where it is no weight."""
     source = transpose.inputs[0]
     assert source is not None
     concat = source.producer()
-    return [source] if concat is None else [part for part in concat.inputs if part is not None]
+    parts = [source] if concat is None else [part for part in concat.inputs if part is not None]
+    return parts if all(map(_is_weight, parts)) else []
 
 
 def _fused(parts: list[ir.Value]) -> Weight:
@@ -75,13 +82,23 @@ def _fused(parts: list[ir.Value]) -> Weight:
     return Weight(name, "linear", names, (shapes[0][1], sum(shape[0] for shape in shapes)))
 
 
+def _fused_bias(parts: list[ir.Value]) -> Weight:
+    names = tuple(str(part.name) for part in parts)
+    return Weight(fused_name(names), "vector", names, (sum(_shape(part)[0] for part in parts),))
+
+
 def fused_name(names: tuple[str, ...]) -> str:
     """Name a fused weight after its parts: q_proj, k_proj and v_proj give qkv_proj; gate_proj and up_proj gate_up_proj."""
     if len(names) == 1:
         return names[0]
-    prefix, _, _ = names[0].removesuffix(".weight").rpartition(".")
-    modules = [name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj") for name in names]
-    return f"{prefix}.{('' if all(len(module) == 1 for module in modules) else '_').join(modules)}_proj.weight"
+    prefix, _, field = names[0].rpartition(".")
+    prefix, _, _ = prefix.rpartition(".")
+    modules = [name.rpartition(".")[0].rpartition(".")[2].removesuffix("_proj") for name in names]
+    return f"{prefix}.{('' if all(len(module) == 1 for module in modules) else '_').join(modules)}_proj.{field}"
+
+
+def _is_bias(value: ir.Value | None) -> bool:
+    return value is not None and _is_weight(value) and len(_shape(value)) == 1
 
 
 def _is_weight(value: ir.Value) -> bool:

@@ -16,6 +16,7 @@ _FOLDER = importlib.resources.files("galerne.optimize.recipes")
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8", "int4": "int4-rtn"}
 # A block that does not divide the input axis gives way to the next smaller one.
 _BLOCK_SIZES = (128, 64, 32)
+_ROUTER = ".gate.weight"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ class Recipe:
     lm_head: WeightFormat
 
     def format_for(self, weight: str) -> WeightFormat:
-        """Return the format of a linear weight by its name in the graph."""
+        """Return the format of a linear weight by its name in the graph or in the checkpoint.
+
+        A router of experts is not quantized: it is small, and another choice of experts is another answer.
+        """
+        if weight.endswith(_ROUTER):
+            return WeightFormat(self.compute)
         return self.lm_head if weight.startswith("lm_head.") else self.weights
 
     def resolved(self) -> dict[str, Any]:

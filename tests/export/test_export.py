@@ -92,10 +92,11 @@ def test_same_checkpoint_gives_the_same_bytes(checkpoint_folder: Path, tmp_path:
     [
         ({"sliding_window": ...}, "sliding_window: missing; expected an integer or null"),
         ({"rope_parameters": ..., "rope_theta": ...}, "rope_theta: missing; expected a number"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: factor: missing"),
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            r"\['GPT2LMHeadModel'\] is not supported; supported: Llama.*, Mistral",
+            r"\['GPT2LMHeadModel'\] is not supported; supported: Gemma2.*, Llama.*, Mistral",
         ),
         ({"architectures": ...}, "is not supported; supported"),
         ({"hidden_size": "128"}, "hidden_size: expected a positive integer, found '128'"),

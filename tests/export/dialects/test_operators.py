@@ -40,9 +40,9 @@ SAMPLES: list[tuple[str, tuple[Any, ...]]] = [
     ("merge_heads", (normal(B, 4, S, D),)),
     ("update_ring", (normal(B, 2, C, D), normal(B, 2, S, D), torch.tensor([C - S, 0]))),
     ("held_positions", (POSITIONS, normal(B, 2, C, D))),
-    ("attend", (normal(B, 4, S, D), hidden(normal(B, 2, C, D)), hidden(normal(B, 2, C, D)), MASK)),
-    ("attend", (normal(B, 4, S, D), normal(B, 4, C, D), normal(B, 4, C, D), MASK)),
-    ("attend", (normal(B, 4, S, D), normal(B, 1, C, D), normal(B, 1, C, D), MASK)),
+    ("attend", (normal(B, 4, S, D), hidden(normal(B, 2, C, D)), hidden(normal(B, 2, C, D)), MASK, None, None)),
+    ("attend", (normal(B, 4, S, D), normal(B, 4, C, D), normal(B, 4, C, D), MASK, 0.3, None)),
+    ("attend", (normal(B, 4, S, D), normal(B, 1, C, D), normal(B, 1, C, D), MASK, None, 1.5)),
     ("select_positions", (normal(B, S, 24), torch.tensor([[2, 0], [1, 1]]))),
 ]
 

@@ -14,6 +14,8 @@ from galerne.export.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from galerne.export.export import export
 from galerne.export.families.registry import read_spec
 from galerne.export.parity.verify import verify
+from galerne.export.reader import ConfigReader
+from galerne.export.rotary import read_rotary
 from galerne.export.spec import DecoderSpec
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
@@ -70,7 +72,7 @@ def test_wrong_window(
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_wrong_rope_theta(mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, name: str) -> None:
-    faulty_spec(rope_theta=1e6)
+    faulty_spec(layer_rotary=(read_rotary(ConfigReader({"rope_theta": 1e6}, "faulty"), head_dim=32),) * 2)
     failed = _failed(export(mistral, recipe.load(name), tmp_path / "bundle", chunk=CHUNK), mistral)
     assert {"prompt of 15", "prompt of 67", "rows of different lengths", "token by token"} <= failed
 
