@@ -175,3 +175,13 @@ def test_targets_table_and_json() -> None:
     wrong = Ran("targets", "rtx4090")
     assert wrong.status == 2
     assert "rtx-4090" in wrong.err
+
+
+def test_the_dialect_is_chosen_and_shown(checkpoint_folder: Path, tmp_path: Path) -> None:
+    assert Ran("export", checkpoint_folder, "--out", tmp_path / "basic", "--dialect", "primitive").status == 0
+    assert "primitive, ONNX opset 20" in Ran("inspect", tmp_path / "basic").out
+    graph = Ran("inspect", tmp_path / "basic", "--json").json["graph"]
+    assert (graph["dialect"], graph["opset"]) == ("primitive", 20)
+    refused = Ran("export", checkpoint_folder, "--out", tmp_path / "other", "--dialect", "opset25")
+    assert (refused.status, refused.out) == (2, "")
+    assert "opset25" in refused.err
