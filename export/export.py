@@ -13,6 +13,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.decoder import Decoder, rotary_frequencies
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
+from galerne.export.hashing import hashing
 from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
@@ -38,6 +39,7 @@ def export(
     chunk: int = DEFAULT_CHUNK,
     max_context: int | None = None,
     dialect: Dialect = "opset24",
+    threads: int | None = None,
 ) -> Bundle:
     """Write a bundle: trace on the meta device, then stream the weights.
 
@@ -49,13 +51,14 @@ def export(
         max_context: the longest sequence in tokens. Without a window it sizes the ring and defaults to what the model was
             made for; with one the default is no limit.
         dialect: how the graph spells its operators.
+        threads: that weights are made on, by default one for each core. The bundle's bytes do not depend on it.
     Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
     """
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
-    with staged_folder(out) as folder:
+    with staged_folder(out) as folder, hashing(checkpoint.files()) as source_entries:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
@@ -65,21 +68,23 @@ def export(
         frequencies = ir.tensor(rotary_frequencies(spec).numpy(), name=_FREQUENCIES)
         model.graph.initializers[_FREQUENCIES].const_value = frequencies
         with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
-            write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
+            written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance, threads)
         ir.save(model, folder / GRAPH)
         for file, data in sorted(tokenizer.items()):
             (folder / file).write_bytes(data)
-        with step("hash source and bundle"):
-            manifest = Manifest(
-                schema_version=SCHEMA_VERSION,
-                galerne_version=galerne.__version__,
-                source=Source(checkpoint.format, {path.name: entry_of(path) for path in checkpoint.files()}),
-                model=_model_facts(spec),
-                graph=facts,
-                recipe=recipe.resolved(),
-                tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
-                files={path.name: entry_of(path) for path in sorted(folder.iterdir())},
-            )
+        others = {path.name: entry_of(path) for path in folder.iterdir() if path.name != WEIGHTS}
+        with step("hash source"):  # what is left of it
+            entries = source_entries.result()
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            galerne_version=galerne.__version__,
+            source=Source(checkpoint.format, entries),
+            model=_model_facts(spec),
+            graph=facts,
+            recipe=recipe.resolved(),
+            tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+            files={**others, WEIGHTS: written},
+        )
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return Bundle.open(out)
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +19,17 @@ if sys.platform != "win32":
 _BLOCK_BYTES = 4 << 20
 
 
-def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file, read in blocks so that a large one needs little memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Return the hex SHA-256 of a file, read in blocks so that a large one needs little memory.
+
+    Args:
+        advance: told the size of each block in bytes. What it raises ends the reading.
+    """
+    digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            advance(count)
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ def ordered(work: Iterable[Callable[[], T]], threads: int | None = None) -> Iter
         try:
             for function in work:
                 pending.append(pool.submit(function))
-                if len(pending) > 2 * threads:
+                if len(pending) > threads + 1:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

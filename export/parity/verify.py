@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import numpy as np
-from polygraphy.comparator import Comparator
+from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from galerne import schema
@@ -42,11 +42,14 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     tolerance = TABLE[row]
     plan = make_plan(bundle.manifest, checkpoint.config.get("sliding_window"), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
-        reference = ReferenceRunner(checkpoint, recipe, plan, task.advance)
         candidate = CandidateRunner(bundle, engine, plan, task.advance)
+        reference = ReferenceRunner(
+            checkpoint, recipe, plan, task.advance, generated=candidate.generated, tolerance=tolerance
+        )
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout
-            results = Comparator.run([reference, candidate], data_loader=feeds)
+            # The candidate first, since the reference follows what it generated.
+            results = RunResults(reversed(Comparator.run([candidate, reference], data_loader=feeds)))
     wanted, got = (iterations[plan.cases.index(plan.longest)][plan.longest.outputs[0]] for _, iterations in results)
     logits_std = float(np.std(wanted))
     source = reference.source_logits
