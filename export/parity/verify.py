@@ -49,7 +49,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout
             # The candidate first, since the reference follows what it generated.
-            results = RunResults(reversed(Comparator.run([candidate, reference], data_loader=feeds)))
+            results = RunResults(list(Comparator.run([candidate, reference], data_loader=feeds))[::-1])
     wanted, got = (iterations[plan.cases.index(plan.longest)][plan.longest.outputs[0]] for _, iterations in results)
     logits_std = float(np.std(wanted))
     source = reference.source_logits
