@@ -26,7 +26,7 @@ class Finished:
     """A process that ended well.
 
     stdout: all that it wrote there.
-    seconds: from its start to its end.
+    seconds: from its start to its end. cpu_seconds: of its own work, on all cores together.
     peak_rss_bytes: its largest resident set, `ru_maxrss`; pages of mapped files that it touched count.
     peak_anon_bytes: the largest part of it that the system cannot drop, `RssAnon`, looked at 20 times a second; null where
         /proc does not say.
@@ -35,6 +35,7 @@ class Finished:
 
     stdout: str
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     peak_anon_bytes: int | None
     other_cores: float | None
@@ -63,7 +64,14 @@ def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
         others = None
         if busy is not None and ended is not None:
             others = max(0.0, ended - busy - usage.ru_utime - usage.ru_stime) / seconds
-        return Finished(out.read(), seconds, usage.ru_maxrss * _MAXRSS_UNIT, sampler.peak_bytes, others)
+        return Finished(
+            out.read(),
+            seconds,
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss * _MAXRSS_UNIT,
+            sampler.peak_bytes,
+            others,
+        )
 
 
 class _Sampler:

@@ -28,9 +28,11 @@ class Export:
 
     name: str
     seconds: float | None
+    cpu_seconds: float | None
     peak_anon_mb: float | None
     peak_rss_mb: float | None
     written_mb: float | None
+    other_cores: float | None
     failed: str | None = None
 
 
@@ -66,12 +68,13 @@ def _export(name: str, command: list[str | Path], out: Path) -> Export:
         finished = child.run(command)
     except BackendError as exc:
         say(f"{name}: {exc}")
-        return Export(name, None, None, None, None, str(exc)[-200:])
+        return Export(name, None, None, None, None, None, None, str(exc)[-200:])
     finally:
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         shutil.rmtree(out, ignore_errors=True)
     anon = None if finished.peak_anon_bytes is None else finished.peak_anon_bytes / _MB
-    export = Export(name, finished.seconds, anon, finished.peak_rss_bytes / _MB, written / _MB)
+    sizes = (anon, finished.peak_rss_bytes / _MB, written / _MB)
+    export = Export(name, finished.seconds, finished.cpu_seconds, *sizes, finished.other_cores)
     say(f"{name}: {export.seconds:.0f} s")
     return export
 
@@ -104,10 +107,12 @@ def main() -> int:
     if args.json:
         print(json.dumps({"exports": [asdict(export) for export in exports]}))
         return 0
-    print("| export | s | peak RssAnon MB | peak RSS MB | written MB |\n|---|---|---|---|---|")
+    print("| export | s | its CPU s | peak RssAnon MB | peak RSS MB | written MB | cores busy with others |")
+    print("|---" * 7 + "|")
     for export in exports:
-        figures = (export.seconds, export.peak_anon_mb, export.peak_rss_mb, export.written_mb)
+        figures = (export.seconds, export.cpu_seconds, export.peak_anon_mb, export.peak_rss_mb, export.written_mb)
         cells = [export.failed or "-" if figure is None else f"{figure:.0f}" for figure in figures]
+        cells.append("-" if export.other_cores is None else f"{export.other_cores:.1f}")
         print(f"| {export.name} | " + " | ".join(cells) + " |")
     return 0
 

@@ -2,9 +2,11 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from galerne.export.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from galerne.export.weights import Sources, int4_band
@@ -19,9 +21,9 @@ class _InMemory(SafetensorsCheckpoint):
     def __init__(self) -> None:
         self.path = Path("memory")
         values = np.random.default_rng(0).standard_normal((_OUT, _IN), np.float32) * _IN**-0.5
-        self._weight = values.astype(ml_dtypes.bfloat16)
+        self._weight: NDArray[Any] = values.astype(ml_dtypes.bfloat16)
 
-    def read(self, name: str) -> np.ndarray:  # type: ignore[type-arg]
+    def read(self, name: str) -> NDArray[Any]:
         """Return the weight, whatever it is called."""
         return self._weight
 

@@ -13,7 +13,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.decoder import Decoder, rotary_frequencies
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
-from galerne.export.hashing import hashing
+from galerne.export.hashing import SourceHashes
 from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
@@ -58,7 +58,7 @@ def export(
     _check_tensors(spec, checkpoint)
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
-    with staged_folder(out) as folder, hashing(checkpoint.files()) as source_entries:
+    with staged_folder(out) as folder, SourceHashes(checkpoint.files()) as source_hashes:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
@@ -67,14 +67,21 @@ def export(
         stored = [weight for weight in weights if weight.name != _FREQUENCIES]
         frequencies = ir.tensor(rotary_frequencies(spec).numpy(), name=_FREQUENCIES)
         model.graph.initializers[_FREQUENCIES].const_value = frequencies
-        with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
-            written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance, threads)
+        count = sum(math.prod(weight.shape) for weight in stored)
+        bytes_per_weight = sum(file.stat().st_size for file in checkpoint.files()) / count
+        with Task("weights", count) as task:
+
+            def advance(done: int) -> None:
+                task.advance(done)
+                source_hashes.used(done * bytes_per_weight)
+
+            written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, advance, threads)
         ir.save(model, folder / GRAPH)
         for file, data in sorted(tokenizer.items()):
             (folder / file).write_bytes(data)
         others = {path.name: entry_of(path) for path in folder.iterdir() if path.name != WEIGHTS}
         with step("hash source"):  # what is left of it
-            entries = source_entries.result()
+            entries = source_hashes.entries()
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             galerne_version=galerne.__version__,

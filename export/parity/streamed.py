@@ -127,7 +127,7 @@ class StreamedModel:
                 module._buffers[kind] = torch.full(buffer.shape, math.nan, dtype=buffer.dtype, device="cpu")
             self.model._init_weights(module)
             for kind, buffer in module._buffers.items():
-                if not torch.isfinite(buffer).all():  # type: ignore[arg-type]
+                if not torch.isfinite(buffer).all():
                     raise ValueError(f"{path}.{kind}: no value for this buffer")
 
 
@@ -143,7 +143,7 @@ class _Safetensors:
     """Weights in safetensors files, read row by row."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        files = [safe_open(path, "pt") for path in checkpoint.files() if path.suffix == ".safetensors"]
+        files: list[Any] = [safe_open(path, "pt") for path in checkpoint.files() if path.suffix == ".safetensors"]
         self._home = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
     def names(self) -> set[str]:
@@ -180,7 +180,8 @@ class _Held:
         return tuple(self._state[name].shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        return self._state[name][first:last]
+        rows: Tensor = self._state[name][first:last]
+        return rows
 
 
 def _open(checkpoint: Checkpoint) -> tuple[_Weights, Any]:

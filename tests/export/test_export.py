@@ -89,10 +89,10 @@ def test_same_bytes_on_any_number_of_threads(
         monkeypatch.setattr(weights, "_TILE", band // 4)
         export(open_checkpoint(checkpoint_folder), recipe.load(name), tmp_path / str(run), threads=threads)
     files = sorted(path.name for path in (tmp_path / "0").iterdir())
-    for run in ("1", "2"):
-        assert files == sorted(path.name for path in (tmp_path / run).iterdir())
+    for again in ("1", "2"):
+        assert files == sorted(path.name for path in (tmp_path / again).iterdir())
         for file in files:
-            assert (tmp_path / "0" / file).read_bytes() == (tmp_path / run / file).read_bytes(), file
+            assert (tmp_path / "0" / file).read_bytes() == (tmp_path / again / file).read_bytes(), file
     Bundle.open(tmp_path / "2").verify_hashes()
 
 

@@ -23,7 +23,7 @@ def whole(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _start(checkpoint: Path, out: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "galerne.cli", "export", checkpoint, "--out", out, "--precision", "int4"]
+    command = [sys.executable, "-m", "galerne.cli", "export", str(checkpoint), "--out", str(out), "--precision", "int4"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -1,5 +1,7 @@
 """The tiles' steps against numpy's plain ones."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def test_every_bfloat16_narrows_as_numpy_casts_it() -> None:
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_narrowing(source: type, dtype: type) -> None:
+def test_narrowing(source: Any, dtype: Any) -> None:
     values = (np.random.default_rng(0).standard_normal((50, 30)) * 10).astype(np.float32).astype(source)
     found = narrow(values[:, 3:20], np.dtype(dtype))
     assert found.dtype == dtype
@@ -30,7 +32,7 @@ def test_narrowing(source: type, dtype: type) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_shows(dtype: type, value: float) -> None:
+def test_one_value_that_is_not_finite_shows(dtype: Any, value: float) -> None:
     values = np.full((5, 7), np.finfo(np.float16).max, np.float32).astype(dtype)
     assert is_finite(values) and is_finite(-values[:, 1:3]) and is_finite(values[:0])
     values[3, 2] = value
@@ -39,7 +41,7 @@ def test_one_value_that_is_not_finite_shows(dtype: type, value: float) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 20), st.sampled_from([np.int8, np.uint8, np.float16, np.float32]))
-def test_transposing(rows: int, columns: int, dtype: type) -> None:
+def test_transposing(rows: int, columns: int, dtype: Any) -> None:
     tile = np.random.default_rng(rows).integers(0, 120, (rows, columns)).astype(dtype)
     out = np.zeros((columns, rows + 8), dtype)
     transpose_into(out[:, 8:], tile)

@@ -108,7 +108,8 @@ def test_blocks_give_what_one_pass_gives(mistral: Checkpoint, monkeypatch: pytes
 
 def test_generated_tokens_are_followed(mistral: Checkpoint) -> None:
     """The reference says what comes after each of the candidate's tokens, so one wrong token is one difference."""
-    model, prompt, tokens = StreamedModel(mistral).model, IDS[:9], []
+    model, prompt = StreamedModel(mistral).model, IDS[:9]
+    tokens: list[int] = []
     for _ in range(12):
         fed = np.concatenate([prompt, np.array(tokens, np.int64)])
         tokens.append(int(logits_at(model, fed, np.array([len(fed) - 1]))[0].argmax()))
