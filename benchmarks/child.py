@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from galerne.errors import BackendError
 ROOT = Path(__file__).resolve().parents[1]
 QUIET_CORES = 0.1  # what others may keep busy on a machine that counts as quiet
 _QUIET_S = 2.0
+_SAMPLE_S = 0.05
 _STAT = Path("/proc/stat")
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -24,14 +26,18 @@ class Finished:
     """A process that ended well.
 
     stdout: all that it wrote there.
-    seconds: from its start to its end.
+    seconds: from its start to its end. cpu_seconds: of its own work, on all cores together.
     peak_rss_bytes: its largest resident set, `ru_maxrss`; pages of mapped files that it touched count.
+    peak_anon_bytes: the largest part of it that the system cannot drop, `RssAnon`, looked at 20 times a second; null where
+        /proc does not say.
     other_cores: how many cores everything else kept busy meanwhile; null where /proc/stat does not say.
     """
 
     stdout: str
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
+    peak_anon_bytes: int | None
     other_cores: float | None
 
 
@@ -46,7 +52,8 @@ def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
         arguments = [str(part) for part in command]
         busy, start = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(arguments, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
+        with _Sampler(process.pid) as sampler:
+            _, status, usage = os.wait4(process.pid, 0)
         seconds, ended = time.perf_counter() - start, busy_seconds()
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -57,7 +64,44 @@ def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
         others = None
         if busy is not None and ended is not None:
             others = max(0.0, ended - busy - usage.ru_utime - usage.ru_stime) / seconds
-        return Finished(out.read(), seconds, usage.ru_maxrss * _MAXRSS_UNIT, others)
+        return Finished(
+            out.read(),
+            seconds,
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss * _MAXRSS_UNIT,
+            sampler.peak_bytes,
+            others,
+        )
+
+
+class _Sampler:
+    """Watches a process's anonymous memory on a thread of its own.
+
+    peak_bytes: the most that was seen.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.peak_bytes: int | None = None
+        self._status, self._over = Path(f"/proc/{pid}/status"), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "_Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_SAMPLE_S):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:  # ended, or a system without /proc
+                return
+            for line in lines:
+                if line.startswith("RssAnon:"):
+                    self.peak_bytes = max(self.peak_bytes or 0, int(line.split()[1]) * 1024)
 
 
 def busy_seconds() -> float | None:

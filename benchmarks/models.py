@@ -5,46 +5,31 @@ already is kept.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import VOCAB_SIZE
 from galerne.files import staged_folder
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 2048, 22, 32, 4, 64, 5632
-WINDOW, MAX_POSITIONS, ROPE_THETA, NORM_EPS = 1024, 4096, 1e4, 1e-5
+PRESET = "benchmark-1b"
 
 
 def make_checkpoint(_: Path, out: Path) -> None:
     """Write a Mistral of 1.1 B random bfloat16 weights, seed 0, as safetensors, and a tokenizer of bytes beside it."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    config = MistralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        sliding_window=WINDOW,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=MAX_POSITIONS,
-        rms_norm_eps=NORM_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-    )
+    from galerne.export.synth import preset_config, write_checkpoint
+
     symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     with staged_folder(out) as folder:
-        MistralForCausalLM(config).save_pretrained(folder)
+        write_checkpoint(preset_config(PRESET), folder)
         # onnxruntime-genai's builder asks for a tokenizer; the benchmark feeds ids.
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -85,24 +70,26 @@ def make_gguf(checkpoint: Path, out: Path) -> None:
     import gguf
     from safetensors import safe_open
 
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    head_dim, hidden, layers = config["head_dim"], config["hidden_size"], config["num_hidden_layers"]
     q4, q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
     staging = out.with_name(f".{out.name}.part")
     writer = gguf.GGUFWriter(staging, "llama")
-    writer.add_context_length(MAX_POSITIONS)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(ROPE_THETA)
-    writer.add_layer_norm_rms_eps(NORM_EPS)
-    writer.add_vocab_size(VOCAB_SIZE)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             weight = file.get_tensor(name).float().numpy()
@@ -113,7 +100,7 @@ def make_gguf(checkpoint: Path, out: Path) -> None:
                 continue
             if "q_proj" in name or "k_proj" in name:
                 # llama.cpp rotates neighbouring pairs and Mistral the halves of a head: [heads, 2, D/2, in], 2 moved inwards.
-                halves = weight.reshape(-1, 2, HEAD_DIM // 2, HIDDEN)
+                halves = weight.reshape(-1, 2, head_dim // 2, hidden)
                 weight = halves.swapaxes(1, 2).reshape(weight.shape)
             kind = q8 if name == "lm_head.weight" else q4
             writer.add_tensor(stored, gguf.quants.quantize(weight, kind), raw_dtype=kind)

@@ -10,8 +10,8 @@ from benchmarks import child
 from galerne.errors import BackendError
 from galerne.progress import say, step
 
-GALERNE, LLAMA_CPP, GENAI = "Galerne", "llama.cpp", "onnxruntime-genai"
-_PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai"}
+GALERNE, LLAMA_CPP, GENAI, OPTIMUM = "Galerne", "llama.cpp", "onnxruntime-genai", "optimum-onnx"
+_PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai", OPTIMUM: "optimum-onnx"}
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,31 @@ def make(work: Path, kind: str, name: str, *, again: bool = False) -> Path:
     return out
 
 
-def build_genai(python: Path, checkpoint: Path, out: Path) -> child.Finished:
-    """Run onnxruntime-genai's builder at int4 for the CPU, all else by default, and say what it took.
-
-    Its defaults are symmetric blocks of 32 and int8 activations. `out` appears whole.
+def build_genai(python: Path, checkpoint: Path, out: Path) -> None:
+    """Run onnxruntime-genai's builder as `genai_command` says. `out` appears whole.
 
     Raises: BackendError if the builder fails.
     """
     staging, cache = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.cache")
     shutil.rmtree(staging, ignore_errors=True)
-    command: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-    command += ["-i", checkpoint, "-o", staging, "-c", cache]
-    finished = child.run(command, cwd=out.parent)
+    child.run(genai_command(python, checkpoint, staging, cache), cwd=out.parent)
     os.replace(staging, out)
     shutil.rmtree(cache, ignore_errors=True)
-    return finished
+
+
+def genai_command(python: Path, checkpoint: Path, out: Path, cache: Path) -> list[str | Path]:
+    """Return the command of onnxruntime-genai's builder at int4 for the CPU, all else by default.
+
+    Its defaults are symmetric blocks of 32 and int8 activations.
+    """
+    command: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    return [*command, "-i", checkpoint, "-o", out, "-c", cache]
+
+
+def optimum_command(python: Path, checkpoint: Path, out: Path) -> list[str | Path]:
+    """Return the command of optimum-onnx's export at float16 with a cache; it has no int4 of its own."""
+    command: list[str | Path] = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", checkpoint]
+    return [*command, "--task", "text-generation-with-past", "--dtype", "fp16", "--no-post-process", out]
 
 
 def peer_version(python: Path, tool: str) -> str | None:

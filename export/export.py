@@ -15,6 +15,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
+from galerne.export.hashing import SourceHashes
 from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
@@ -40,6 +41,7 @@ def export(
     chunk: int = DEFAULT_CHUNK,
     max_context: int | None = None,
     dialect: Dialect = "opset24",
+    threads: int | None = None,
 ) -> Bundle:
     """Write a bundle: trace on the meta device, then stream the weights.
 
@@ -51,13 +53,14 @@ def export(
         max_context: the longest sequence in tokens. Without a window it sizes the ring and defaults to what the model was
             made for; with one the default is no limit.
         dialect: how the graph spells its operators.
+        threads: that weights are made on, by default one for each core. The bundle's bytes do not depend on it.
     Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
     """
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
-    with staged_folder(out) as folder:
+    with staged_folder(out) as folder, SourceHashes(checkpoint.files()) as source_hashes:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
@@ -70,23 +73,32 @@ def export(
         stored = [weight for weight in weights if weight.name not in frequencies]
         for name, values in frequencies.items():
             model.graph.initializers[name].const_value = ir.tensor(values, name=name)
-        with Task("weights", sum(math.prod(weight.shape) for weight in stored)) as task:
-            write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, task.advance)
+        count = sum(math.prod(weight.shape) for weight in stored)
+        bytes_per_weight = sum(file.stat().st_size for file in checkpoint.files()) / count
+        with Task("weights", count) as task:
+
+            def advance(done: int) -> None:
+                task.advance(done)
+                source_hashes.used(done * bytes_per_weight)
+
+            written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, advance, threads)
         model.opset_imports[""] = facts.opset
         ir.save(model, folder / GRAPH)
         for file, data in sorted(tokenizer.items()):
             (folder / file).write_bytes(data)
-        with step("hash source and bundle"):
-            manifest = Manifest(
-                schema_version=SCHEMA_VERSION,
-                galerne_version=galerne.__version__,
-                source=Source(checkpoint.format, {path.name: entry_of(path) for path in checkpoint.files()}),
-                model=_model_facts(spec),
-                graph=facts,
-                recipe=recipe.resolved(),
-                tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
-                files={path.name: entry_of(path) for path in sorted(folder.iterdir())},
-            )
+        others = {path.name: entry_of(path) for path in folder.iterdir() if path.name != WEIGHTS}
+        with step("hash source"):  # what is left of it
+            entries = source_hashes.entries()
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            galerne_version=galerne.__version__,
+            source=Source(checkpoint.format, entries),
+            model=_model_facts(spec),
+            graph=facts,
+            recipe=recipe.resolved(),
+            tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+            files={**others, WEIGHTS: written},
+        )
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return Bundle.open(out)
 

@@ -1,24 +1,35 @@
 """Folders and files that appear whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from galerne.errors import InputError
+from galerne.errors import BackendError, InputError
+from galerne.progress import say
+
+if sys.platform != "win32":
+    import fcntl
 
 _BLOCK_BYTES = 4 << 20
 
 
-def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file, read in blocks so that a large one needs little memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Return the hex SHA-256 of a file, read in blocks so that a large one needs little memory.
+
+    Args:
+        advance: told the size of each block in bytes. What it raises ends the reading.
+    """
+    digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            advance(count)
     return digest.hexdigest()
 
 
@@ -41,17 +52,20 @@ def write_atomic(path: Path, data: bytes) -> None:
 def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `destination` that takes its place when the block ends well.
 
+    A process that is killed meanwhile leaves its folder behind; the next one with this destination removes it.
+
     Args:
         destination: where the folder shall stand.
         replace: whether a folder that is there already gives way.
-    Raises: InputError if `destination` exists (and `replace` is off) or its parent does not.
+    Raises: InputError if `destination` exists (and `replace` is off) or its parent does not; BackendError if the disk is full.
     """
     if destination.exists() and not replace:
         raise InputError(f"{destination}: already exists; choose another output folder or remove it")
     if not destination.parent.is_dir():
         raise InputError(f"{destination.parent}: no such folder; create it first")
+    _remove_abandoned(destination)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        staging, lock = _new_staging(destination)
     except OSError as exc:
         raise InputError(f"{destination.parent}: cannot write there ({exc.strerror})") from exc
     try:
@@ -61,9 +75,53 @@ def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
             _swap(staging, destination)
         else:
             os.rename(staging, destination)
-    except BaseException:
+    except BaseException as exc:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            raise BackendError(f"{destination}: no space left on its disk; nothing was kept") from exc
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _staging_prefix(destination: Path) -> str:
+    return f".{destination.name}.staging-"
+
+
+def _new_staging(destination: Path) -> tuple[Path, int | None]:
+    """Make a folder and lock it for as long as this process lives: that is how another one tells it from an abandoned one."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(destination), dir=destination.parent))
+        lock = _locked(staging, wait=True)
+        if staging.exists():  # else it was taken for an abandoned one before it was locked
+            return staging, lock
+
+
+def _remove_abandoned(destination: Path) -> None:
+    prefix = _staging_prefix(destination)
+    for found in sorted(entry for entry in destination.parent.iterdir() if entry.name.startswith(prefix)):
+        lock = _locked(found, wait=False)
+        if lock is not None:
+            say(f"{found}: left behind by a run that was killed; removing it")
+            shutil.rmtree(found, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder and return its descriptor; None if another process has the lock, or this system knows no such locks."""
+    if sys.platform == "win32":
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # gone meanwhile, or another user's
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def _swap(staging: Path, destination: Path) -> None:

@@ -4,7 +4,7 @@ A bundle holds no code and nothing of it is executed; no path in its manifest ma
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -94,9 +94,9 @@ class Bundle:
         return Bundle(self.path, manifest)
 
 
-def entry_of(path: Path) -> FileEntry:
-    """Return the manifest's entry for a file: its hash and its size."""
-    return FileEntry(sha256_file(path), path.stat().st_size)
+def entry_of(path: Path, advance: Callable[[int], None] = lambda _: None) -> FileEntry:
+    """Return the manifest's entry for a file: its hash and its size. `advance` as in `sha256_file`."""
+    return FileEntry(sha256_file(path, advance), path.stat().st_size)
 
 
 def _stat(path: Path) -> int | None:

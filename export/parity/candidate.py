@@ -25,12 +25,16 @@ _POISON_KEY, _POISON_VALUE = 1e3, 1e4
 
 
 class CandidateRunner(BaseRunner):  # type: ignore[misc]
-    """Runs a plan's cases in the runtime, with the portable graph (in its exact mode) or an engine as it ships."""
+    """Runs a plan's cases in the runtime, with the portable graph (in its exact mode) or an engine as it ships.
+
+    generated: the tokens of each case that generates freely, by its name; there once it has run.
+    """
 
     def __init__(self, bundle: Bundle, engine: str, plan: Plan, advance: Callable[[], None]) -> None:
         super().__init__(name=engine)
         self._bundle, self._engine, self._plan, self._advance = bundle, engine, plan, advance
         self._model: Model | None = None
+        self.generated: dict[str, Int64] = {}
 
     def activate_impl(self) -> None:
         """Open the bundle."""
@@ -60,7 +64,8 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
     def _tokens(self, model: Model, case: Case) -> Int64:
         prompt = self._plan.sequences[0][: case.lengths[0]].tolist()
         generation = Generation(model, [prompt], max_new_tokens=case.greedy_tokens, ignore_eos=True)
-        return np.array([token for _, token in generation], np.int64)
+        self.generated[case.name] = np.array([token for _, token in generation], np.int64)
+        return self.generated[case.name]
 
     def _logits(self, model: Model, case: Case, ring: RingSize) -> Float32:
         rows = model.rows(len(case.lengths), full_ring=ring == "full")

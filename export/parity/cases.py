@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from galerne.runtime.manifest import GraphFacts, Manifest
+from galerne.runtime.footprint import linear_shapes
+from galerne.runtime.manifest import GraphFacts, Manifest, ModelFacts
 from galerne.runtime.ring import Ring
 
 Int64 = npt.NDArray[np.int64]
@@ -17,6 +18,11 @@ GREEDY_TOKENS = 256
 # Compared logits of one case: enough positions to see every edge, few enough to hold for a vocabulary of 150,000.
 _MOST_POSITIONS, _FEWEST_POSITIONS, _MOST_LOGITS = 200, 32, 4 << 20
 _SEED = 20260
+# Tokens times weights of all cases together. Beyond it a model with a window gets shorter cases: this much takes two cores some
+# ten minutes.
+_MOST_WORK = 3e13
+# Single steps on each side of an edge that a large model is taken across.
+_ABOUT_EDGE = 16
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Plan:
 
     @property
     def longest(self) -> Case:
-        """The case of one row with the longest prompt that is fed at once."""
-        alone = [case for case in self.cases if len(case.lengths) == 1 and not case.greedy_tokens]
+        """The case of one row with the longest prompt that is all it feeds."""
+        alone = [case for case in self.cases if len(case.lengths) == len(case.steps) == 1 and not case.greedy_tokens]
         return max(alone, key=lambda case: case.steps[0][0])
 
     def positions(self, case: Case) -> list[Int64]:
@@ -83,9 +89,12 @@ def make_plan(manifest: Manifest, window: int | None, *, greedy: bool) -> Plan:
     graph = manifest.graph
     limit = graph.max_context or 1 << 60
     cases = tuple(_windowed(graph, window, limit) if window else _unwindowed(graph, limit))
+    bounded = sum(sum(case.lengths) for case in cases) * _weights(manifest.model) > _MOST_WORK
+    if bounded and window:
+        cases = (*_across(graph, window, limit), *_unwindowed(graph, limit))
     if greedy:
         # With a window the prompt ends where the generated tokens cross its edge.
-        prompt = min(max(8, (window or 0) - GREEDY_TOKENS // 2), max(1, limit // 2))
+        prompt = min(max(8, 0 if bounded else (window or 0) - GREEDY_TOKENS // 2), max(1, limit // 2))
         count = min(GREEDY_TOKENS, limit - prompt + 1)
         cases += (Case("greedy tokens", ((prompt,),), greedy_tokens=count),)
     rng = np.random.default_rng(_SEED)
@@ -103,6 +112,18 @@ def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
     yield from _poisoned(window // 2, limit)
     # Twice around the ring and some more, so that every slot is written three times.
     yield Case("token by token", ((1,),) * min(2 * min(min(graph.capacities), window + graph.chunk) + 8, limit))
+
+
+def _across(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
+    """Yield what a large model is fed in place of many long prompts: each edge crossed once step by step, once in chunks."""
+    ring, steps, done = window + graph.chunk, [], 0
+    for edge in (window, ring):
+        before = max(done, edge - _ABOUT_EDGE)
+        steps += [(before - done,)] * (before > done) + [(1,)] * (edge + _ABOUT_EDGE - before)
+        done = edge + _ABOUT_EDGE
+    yield Case("step by step across window and ring", _capped([*steps, (graph.chunk + 5,)], limit))
+    # Three tokens first, so that no chunk ends at an edge.
+    yield Case("chunks across window and ring", _capped([(3,), (ring + graph.chunk // 2,)], limit))
 
 
 def _unwindowed(graph: GraphFacts, limit: int) -> Iterable[Case]:
@@ -165,3 +186,8 @@ def _spread(length: int, limit: int, window: int, capacity: int) -> Int64:
     chosen = {position for position in near if 0 <= position < length}
     chosen.update(np.linspace(0, length - 1, max(0, limit - len(chosen)), dtype=np.int64).tolist())
     return np.array(sorted(chosen), np.int64)
+
+
+def _weights(model: ModelFacts) -> int:
+    layer = sum(rows * columns for rows, columns in linear_shapes(model))
+    return model.num_hidden_layers * layer + model.vocab_size * model.hidden_size

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import numpy as np
-from polygraphy.comparator import Comparator
+from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from galerne import schema
@@ -12,8 +12,9 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.candidate import CandidateRunner
 from galerne.export.parity.cases import make_plan
 from galerne.export.parity.compare import compare_case, kl, top1_agreement
-from galerne.export.parity.reference import ReferenceRunner, source_window
+from galerne.export.parity.reference import ReferenceRunner
 from galerne.export.parity.report import AgainstSource, Report
+from galerne.export.parity.streamed import source_window
 from galerne.export.parity.tolerances import TABLE, arithmetic
 from galerne.files import sha256_file
 from galerne.optimize.quantize.recipe import Recipe
@@ -42,11 +43,14 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     tolerance = TABLE[row]
     plan = make_plan(bundle.manifest, source_window(checkpoint), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
-        reference = ReferenceRunner(checkpoint, recipe, plan, task.advance)
         candidate = CandidateRunner(bundle, engine, plan, task.advance)
+        reference = ReferenceRunner(
+            checkpoint, recipe, plan, task.advance, generated=candidate.generated, tolerance=tolerance
+        )
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout
-            results = Comparator.run([reference, candidate], data_loader=feeds)
+            # The candidate first, since the reference follows what it generated.
+            results = RunResults(list(Comparator.run([candidate, reference], data_loader=feeds))[::-1])
     wanted, got = (iterations[plan.cases.index(plan.longest)][plan.longest.outputs[0]] for _, iterations in results)
     logits_std = float(np.std(wanted))
     source = reference.source_logits

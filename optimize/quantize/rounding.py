@@ -14,21 +14,38 @@ def quantize(weight: Float32, bits: int, block: int) -> tuple[Int8, Float16]:
     """Round to nearest with the smallest scale that clips nothing.
 
     Args:
-        weight: [out, in] float32, finite.
+        weight: [out, in] float32.
         bits: 4 (-8..7) or 8 (-127..127).
         block: how many weights along `in` share a scale; it divides `in`.
-    Returns: values [out, in] int8 and scales [out, in // block] float16. A block of zeros has the scale 1.
+    Returns: values [out, in] int8 and scales as `scales_of` returns them.
     Source: ONNX DequantizeLinear, blocked form: value times scale.
+    """
+    scale = scales_of(weight, bits, block)
+    return round_to(weight, scale, bits), scale
+
+
+def scales_of(weight: Float32, bits: int, block: int) -> Float16:
+    """Return the smallest scales that clip nothing, [out, in // block] float16; see `quantize`.
+
+    A block of zeros has the scale 1; one that holds NaN, infinity or a value too large for float16 has a scale that is not
+    finite.
     """
     low, high = _LEVELS[bits]
     blocks = weight.reshape(weight.shape[0], -1, block)
-    scale = np.maximum(blocks.max(axis=-1) / high, blocks.min(axis=-1) / low).astype(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale: Float16 = np.maximum(blocks.max(axis=-1) / high, blocks.min(axis=-1) / low).astype(np.float16)
     scale[scale == 0] = 1
+    return scale
+
+
+def round_to(weight: Float32, scale: Float16, bits: int) -> Int8:
+    """Return the values that come nearest to a weight [out, in] with given scales [out, blocks], all finite."""
+    low, high = _LEVELS[bits]
     # The values are found with the scale as it is stored, in float16, so that its rounding does not add to theirs.
-    values = np.multiply(blocks, np.reciprocal(scale.astype(np.float32))[..., None])
+    values = weight.reshape(*scale.shape, -1) * np.reciprocal(scale.astype(np.float32))[..., None]
     np.rint(values, out=values)
     np.clip(values, low, high, out=values)
-    return values.astype(np.int8).reshape(weight.shape), scale
+    return values.astype(np.int8).reshape(weight.shape)
 
 
 def dequantize(values: Int8, scale: Float16) -> Float32:

@@ -73,7 +73,7 @@ def test_bad_usage_is_2() -> None:
 
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(main.app, ["--help"])
-    for command in ("demo", "export", "verify", "build", "generate", "bench", "inspect", "targets"):
+    for command in ("demo", "export", "verify", "build", "generate", "bench", "inspect", "synth", "targets"):
         assert command in result.output
 
 
@@ -102,6 +102,16 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert shown.json["engines"] == ["cpu"]
     bench = Ran("bench", out, "--prompt-tokens", 20, "--decode-tokens", 3, "--json")
     assert bench.json["decode_tokens_per_s"] > 0
+
+
+def test_synth(tmp_path: Path) -> None:
+    made = Ran("synth", "gemma-3-270m", "--out", tmp_path / "out", "--layers", 1, "--json")
+    assert made.status == 0, made.err
+    assert made.json["size_bytes"] > 2 * made.json["weights"] > 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
+    wrong = Ran("synth", "gemma", "--out", tmp_path / "wrong")
+    assert (wrong.status, wrong.err.count("\n")) == (2, 1)
+    assert "there are benchmark-1b, gemma-3-270m" in wrong.err
 
 
 def test_a_failed_check_is_1_and_no_engine_is_built_from_it(bundle: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from galerne.errors import InputError
+from galerne.export import weights
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.optimize.quantize import recipe
@@ -78,13 +79,21 @@ def test_weights_start_on_pages(bundle_of: Bundles) -> None:
             assert entry.key != "offset" or int(entry.value) % 4096 == 0
 
 
-def test_same_checkpoint_gives_the_same_bytes(checkpoint_folder: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        export(open_checkpoint(checkpoint_folder), recipe.load("int4-rtn"), tmp_path / name)
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "int4-rtn"])
+def test_same_bytes_on_any_number_of_threads(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With bands and tiles so small that every weight has many, and a vocabulary that no tile divides."""
+    for run, (threads, band) in enumerate(((1, 1 << 30), (4, 4096), (4, 4096))):
+        monkeypatch.setattr(weights, "_BAND", band)
+        monkeypatch.setattr(weights, "_TILE", band // 4)
+        export(open_checkpoint(checkpoint_folder), recipe.load(name), tmp_path / str(run), threads=threads)
+    files = sorted(path.name for path in (tmp_path / "0").iterdir())
+    for again in ("1", "2"):
+        assert files == sorted(path.name for path in (tmp_path / again).iterdir())
+        for file in files:
+            assert (tmp_path / "0" / file).read_bytes() == (tmp_path / again / file).read_bytes(), file
+    Bundle.open(tmp_path / "2").verify_hashes()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """A file or folder appears whole or not at all, whatever happens on the way."""
 
+import errno
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from galerne import files
-from galerne.errors import InputError
+from galerne.errors import BackendError, InputError
 from galerne.files import sha256_file, staged_folder, write_atomic
 
 
@@ -129,3 +132,50 @@ def test_last_rename_that_fails_puts_the_old_folder_back(tmp_path: Path) -> None
         lose_the_staging()
     assert os.listdir(target) == ["old"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def _staging(tmp_path: Path, code: str) -> "subprocess.Popen[str]":
+    """Start a process that stages tmp_path/out, writes into it, says so, and goes on with `code`."""
+    program = (
+        "import sys, pathlib\nfrom galerne.files import staged_folder\n"
+        "with staged_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'f').write_text('x')\n    print('ready', flush=True)\n    " + code
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _staging(tmp_path, "sys.stdin.read()") as process:
+        process.kill()
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out.")
+    with staged_folder(tmp_path / "out") as staging:
+        (staging / "f").write_text("mine")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "f").read_text() == "mine"
+    assert f"{left}: left behind by a run that was killed; removing it" in capsys.readouterr().err
+
+
+def test_what_a_living_process_stages_is_left_alone(tmp_path: Path) -> None:
+    with _staging(tmp_path, "sys.stdin.read()") as process:
+        with staged_folder(tmp_path / "out"):
+            pass
+        (tmp_path / "out").rmdir()
+        process.communicate("")
+    assert process.returncode == 0
+    assert (tmp_path / "out" / "f").read_text() == "x"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    def fill() -> None:
+        with staged_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(BackendError, match="out: no space left on its disk"):
+        fill()
+    assert os.listdir(tmp_path) == []

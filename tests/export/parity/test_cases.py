@@ -9,14 +9,22 @@ from galerne.runtime.manifest import SCHEMA_VERSION, GraphFacts, Manifest, Model
 
 
 def _plan(
-    window: int | None, chunk: int, max_context: int | None, *, own: int | None = None, vocab_size: int = 100
+    window: int | None,
+    chunk: int,
+    max_context: int | None,
+    *,
+    own: int | None = None,
+    vocab_size: int = 100,
+    layers: int = 1,
+    hidden: int = 8,
 ) -> Plan:
     """Plan for a source with `window`, and a bundle that knows of `own`."""
     own = own or window
     assert own is not None or max_context is not None
     ring = max_context or 0 if own is None else min(own + chunk, max_context or own + chunk)
     graph = GraphFacts("opset24", 24, "float32", min(chunk, max_context or chunk), (ring,), max_context)
-    model = ModelFacts("X", 1, 8, 8, 1, 1, 8, vocab_size, (own,), 1e4, 512, False, None, ())
+    windows = (own,) * layers
+    model = ModelFacts("X", layers, hidden, 4 * hidden, 1, 1, hidden, vocab_size, windows, 1e4, 512, False, None, ())
     return make_plan(
         Manifest(SCHEMA_VERSION, "0", Source("safetensors", {}), model, graph, {}, {}), window, greedy=True
     )
@@ -49,6 +57,29 @@ def test_a_bundle_that_lost_its_window_is_fed_beyond_it() -> None:
 def test_greedy_crosses_a_large_window() -> None:
     (case,) = (case for case in _plan(1000, 16, None).cases if case.greedy_tokens)
     assert case.lengths[0] < 1000 < case.lengths[0] + case.greedy_tokens
+
+
+def test_a_large_model_crosses_each_edge_with_few_tokens() -> None:
+    """Mistral 7B: some ten thousand tokens in all, yet single steps and chunks across the window's edge and the ring's."""
+    plan = _plan(4096, 256, None, vocab_size=32000, layers=32, hidden=4096)
+    cases = {case.name: case for case in plan.cases if not case.greedy_tokens}
+    assert sum(sum(case.lengths) for case in cases.values()) < 12_000
+    single, position = set(), 0
+    for (count,) in cases["step by step across window and ring"].steps:
+        if count == 1:
+            single.add(position)
+        position += count
+    assert {*range(4080, 4112), *range(4336, 4368)} <= single and position > 4352 + 256
+    position = 0
+    for (count,) in cases["chunks across window and ring"].steps:
+        chunks = range(position, position + count, 256)
+        position += count
+    assert not {4096, 4352} & {*chunks} and position > 4352
+    compared = plan.positions(cases["step by step across window and ring"])[0]
+    assert {4093, 4094, 4095, 4096, 4097, 4098, 4350, 4351, 4352, 4353} <= {*compared.tolist()}
+    assert plan.longest.lengths == (515,)
+    assert {"rows of different lengths", "poisoned cache", "grown ring and full ring"} <= set(cases)
+    assert max(len(sequence) for sequence in plan.sequences) < 5120
 
 
 def test_positions_of_a_long_case() -> None:

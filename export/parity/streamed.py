@@ -1,0 +1,252 @@
+"""transformers' own model with its weights left on disk: a weight is in memory while the module that holds it runs.
+
+The model is built on the meta device, and each module that owns weights reads them before its forward and drops them after it.
+So everything that runs is transformers' code: masks, rotation, the layers' kinds, scalings.
+"""
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import eager_mask
+from transformers.utils import logging as transformers_logging
+
+from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.weights import rounded_like
+from galerne.optimize.quantize.recipe import Recipe
+from galerne.parallel import ordered
+
+# A model whose weights take no more than this in float32 keeps them once they are read.
+_KEEP_BYTES = 2 << 30
+# Weights that one core reads, widens and rounds at once.
+_STRIPE = 1 << 20
+# Eager attention holds heads x new tokens x keys scores at once, several times over: 256 MB each in float32.
+_MOST_SCORES = 64 << 20
+_ATTENTION = "galerne_blocked_eager"
+
+
+class StreamedModel:
+    """A checkpoint in its architecture's own class of transformers, in float32 with eager attention.
+
+    The weights are read by the safetensors library (by transformers itself from GGUF, or where a checkpoint's names are not those
+    of transformers' class; it then holds them all), and never by Galerne.
+
+    model: what to call. rounding: the recipe that weights are rounded by; None takes them as they are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Open a checkpoint. Raises: InputError if transformers cannot load it."""
+        try:
+            with _quiet():
+                self._weights, config = _open(checkpoint)
+                with torch.device("meta"):
+                    self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                        config, dtype=torch.float32, attn_implementation=_ATTENTION, experts_implementation="eager"
+                    )
+                names = {self._stored(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
+                if not names <= self._weights.names():
+                    self._weights, _ = _Held.load(checkpoint)
+                self._fill_buffers()
+        except Exception as exc:
+            reason = " ".join(str(exc).split()) or type(exc).__name__
+            raise InputError(f"{checkpoint.path}: transformers cannot load it ({reason})") from exc
+        self.model.eval()
+        self._rounding: Recipe | None = None
+        self._kept: dict[str, nn.Parameter] = {}
+        self._keep = sum(4 * math.prod(parameter.shape) for parameter in self.model.parameters()) <= _KEEP_BYTES
+        for path, module in self.model.named_modules():
+            if any(parameter is not None for parameter in module._parameters.values()):
+                module.register_forward_pre_hook(partial(self._read_into, path))
+                module.register_forward_hook(partial(_drop, dict(module._parameters)))
+
+    @property
+    def rounding(self) -> Recipe | None:
+        """The recipe that weights are rounded by."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, recipe: Recipe | None) -> None:
+        self._rounding = recipe
+        self._kept.clear()
+
+    def weight(self, name: str) -> Tensor:
+        """Return a parameter as the model computes with it: float32, rounded. A tied projection has its own name."""
+        stored = self._stored(name)
+        shape = tuple(self.model.get_parameter(name).shape)
+        if self._weights.shape(stored) != shape:
+            raise InputError(f"{stored}: shape {list(self._weights.shape(stored))}; transformers expects {list(shape)}")
+        whole = np.empty(shape, np.float32)
+        step = max(1, _STRIPE // max(1, math.prod(shape[1:])))
+
+        def fill(first: int) -> None:
+            rows = self._weights.rows(stored, first, min(first + step, shape[0])).float()
+            if self._rounding is not None:
+                rows = rounded_like(rows, name, self._rounding)
+            whole[first : first + step] = rows.numpy()
+
+        for _ in ordered(partial(fill, first) for first in range(0, shape[0], step)):
+            pass
+        return torch.from_numpy(whole)
+
+    def _stored(self, name: str) -> str:
+        """Return the name that a parameter is stored under: that of the table where the two are tied."""
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if name not in self._weights.names() and head is not None and self.model.get_submodule(_owner(name)) is head:
+            return next(f"{path}.weight" for path, module in self.model.named_modules() if module is table)
+        return name
+
+    def _read_into(self, path: str, module: nn.Module, _: Any) -> None:
+        for kind, place in module._parameters.items():
+            if place is None:  # a product without a bias
+                continue
+            name = f"{path}.{kind}"
+            parameter = self._kept.get(name)
+            if parameter is None:
+                parameter = nn.Parameter(self.weight(name), requires_grad=False)
+                if self._keep:
+                    self._kept[name] = parameter
+            module._parameters[kind] = parameter
+
+    def _fill_buffers(self) -> None:
+        """Compute what no checkpoint holds, such as the rotary frequencies, as transformers does when it loads one."""
+        for path, module in self.model.named_modules():
+            if not module._buffers:
+                continue
+            for kind, buffer in module._buffers.items():
+                assert buffer is not None
+                module._buffers[kind] = torch.full(buffer.shape, math.nan, dtype=buffer.dtype, device="cpu")
+            self.model._init_weights(module)
+            for kind, buffer in module._buffers.items():
+                if not torch.isfinite(buffer).all():
+                    raise ValueError(f"{path}.{kind}: no value for this buffer")
+
+
+def source_window(checkpoint: Checkpoint) -> int | None:
+    """Return the window of a checkpoint's layers as transformers reads its config, and not as Galerne does; None for none.
+
+    Raises: InputError if transformers cannot read the config.
+    """
+    try:
+        with _quiet():
+            config = AutoConfig.for_model(**{"model_type": "", **checkpoint.config})
+    except Exception as exc:
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise InputError(f"{checkpoint.path}: transformers cannot read its config ({reason})") from exc
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if "sliding_attention" in kinds else None
+
+
+class _Weights(Protocol):
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, first: int, last: int) -> Tensor: ...
+
+
+class _Safetensors:
+    """Weights in safetensors files, read row by row."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        files: list[Any] = [safe_open(path, "pt") for path in checkpoint.files() if path.suffix == ".safetensors"]
+        self._home = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+    def names(self) -> set[str]:
+        return set(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._home[name].get_slice(name).get_shape())
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        rows: Tensor = self._home[name].get_slice(name)[first:last]
+        return rows
+
+
+class _Held:
+    """Weights that transformers loaded, all of them in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._state = model.state_dict()
+
+    @staticmethod
+    def load(checkpoint: Checkpoint) -> tuple["_Held", Any]:
+        folder, extra = checkpoint.path.absolute(), {}
+        if checkpoint.format == "gguf":
+            folder, extra = folder.parent, {"gguf_file": folder.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            local_files_only=True,
+            **extra,
+        )
+        return _Held(model), model.config
+
+    def names(self) -> set[str]:
+        return set(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        rows: Tensor = self._state[name][first:last]
+        return rows
+
+
+def _open(checkpoint: Checkpoint) -> tuple[_Weights, Any]:
+    if checkpoint.format == "gguf":
+        return _Held.load(checkpoint)
+    return _Safetensors(checkpoint), AutoConfig.from_pretrained(str(checkpoint.path.absolute()), local_files_only=True)
+
+
+def _drop(parameters: dict[str, nn.Parameter | None], module: nn.Module, *_: Any) -> None:
+    module._parameters.update(parameters)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _blocked_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Call the eager attention of the module's own family on some queries [B, H, S, D] at a time, which changes no result."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    rows = max(16, _MOST_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    parts = []
+    for first in range(0, query.shape[2], rows):
+        block = slice(first, first + rows)
+        mask = None if attention_mask is None else attention_mask[:, :, block]
+        parts.append(eager(module, query[:, :, block], key, value, mask, **kwargs)[0])
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register(_ATTENTION, _blocked_eager)
+AttentionMaskInterface.register(_ATTENTION, eager_mask)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and hints off stderr, which is our own; its errors arrive as exceptions."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no setting
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
