@@ -11,6 +11,7 @@ from galerne.errors import InputError
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.select import open_engine
+from galerne.runtime.manifest import layer_kinds
 from galerne.runtime.ring import Ring
 
 Float32 = npt.NDArray[np.float32]
@@ -47,17 +48,30 @@ class Rows:
     def __init__(self, model: Model, batch: int, *, full_ring: bool = False) -> None:
         self._model = model
         self._ring = Ring(model.graph, batch, full=full_ring)
+        self._windows = layer_kinds(model.facts.layer_windows)[0]
         self.cache = model.engine.new_cache(batch, self._ring.capacities)
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each row was fed."""
+        """How many tokens each row holds."""
         return [int(position) for position in self._ring.positions]
 
     @property
     def capacities(self) -> tuple[int, ...]:
         """Slots of each kind's ring at present."""
         return self._ring.capacities
+
+    @property
+    def rewindable(self) -> list[int]:
+        """How many tokens each row can take back: at least the bundle's chunk, less padding; see `Ring.rewindable`."""
+        return [int(count) for count in self._ring.rewindable(self._windows)]
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Take back the last `counts` tokens of each row, as if they had never been fed. Costs nothing: no memory moves.
+
+        Raises: InputError if a count is more than `rewindable` says; a row's whole length can always be taken back.
+        """
+        self._ring.rewind(np.array(counts, np.int64), self._windows)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Float32:
         """Append tokens to each row and return the logits after its last one.
@@ -118,6 +132,7 @@ class Rows:
             for row, count in enumerate(counts):
                 ids[row, :count] = pending[row][done[row] : done[row] + count]
             picked = np.broadcast_to(np.arange(size), ids.shape) if every else np.maximum(counts - 1, 0)[:, None]
+            ring.begin_run(size)
             logits = self._model.engine.run(self.cache, ids, ring.position_ids(size), ring.write_indices(), picked)
             ring.positions += counts
             done += counts
