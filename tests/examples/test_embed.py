@@ -35,7 +35,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{tool} is not installed")
     pytest.importorskip("pybind11")
     build = tmp_path_factory.mktemp("embed")
-    configure = ["cmake", "-S", EXAMPLES / "embed", "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure: list[str | Path] = ["cmake", "-S", EXAMPLES / "embed", "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
     configured = subprocess.run(configure, capture_output=True, text=True, check=False)
     if "Development.Embed" in configured.stderr:
         pytest.skip("this Python came without its shared library or headers")
@@ -47,7 +47,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_thread_gives_the_tokens_of_python(program: Path, bundle: Bundle) -> None:
-    command = [program, bundle.path, str(COUNT), *PROMPTS]
+    command: list[str | Path] = [program, bundle.path, str(COUNT), *PROMPTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t", 2) for line in done.stdout.splitlines()]
