@@ -64,6 +64,8 @@ class Session:
     def cache(self) -> list[npt.NDArray[Any]]:
         """Keys and values of the layers by turns, [1, num_key_value_heads, C, head_dim]: the memory itself.
 
+        The axes are these whatever the engine; strides may be unusual: the `cpu` engine keeps values transposed.
+
         Slot p mod C holds position p. The arrays stay valid whatever happens, but the session leaves them behind when
         it moves to larger ones, which it does until C is the bundle's full capacity, and when it is closed.
 

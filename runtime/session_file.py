@@ -56,7 +56,8 @@ class SessionRecord:
 
 def write_session(path: Path, rows: Rows, logits: Float32 | None) -> None:
     """Write rows of one sequence; the file is there whole or not at all. Raises: InputError if it cannot be written."""
-    ring, arrays = rows.ring, _tensors(rows.cache.arrays(), logits)
+    # An engine may keep its rings in another order; the file has the contract's.
+    ring, arrays = rows.ring, _tensors([np.ascontiguousarray(array) for array in rows.cache.arrays()], logits)
     record = SessionRecord(
         schema_version=SCHEMA_VERSION,
         galerne_version=__version__,
@@ -111,7 +112,7 @@ def _read(model: "Model", path: Path, file: BufferedReader, size: int) -> tuple[
     rows = model.rows_at(_ring(model, path, record))
     logits = np.zeros(model.facts.vocab_size, np.float32) if record.has_logits else None
     # Read into arrays of our own and not into the cache's, which may lie on another device.
-    arrays = _tensors([np.empty_like(array) for array in rows.cache.arrays()], logits)
+    arrays = _tensors([np.empty(array.shape, array.dtype) for array in rows.cache.arrays()], logits)
     expected = _layout(arrays)
     if header != expected:
         found, wanted = _cache_type(header), _cache_type(expected)

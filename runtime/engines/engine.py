@@ -22,7 +22,10 @@ class Cache(Protocol):
         """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """Return the rings, keys and values by turns, without a copy where the device's memory allows it."""
+        """Return the rings, keys and values by turns, without a copy where the device's memory allows it.
+
+        Whatever order the engine keeps them in, the axes are [B, num_key_value_heads, C, head_dim]: strides may be unusual.
+        """
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Copy the contents of rings of the same shapes and type into these."""

@@ -35,7 +35,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{tool} is not installed")
     pytest.importorskip("pybind11")
     build = tmp_path_factory.mktemp("embed")
-    configure: list[str | Path] = ["cmake", "-S", EXAMPLES / "embed", "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure: list[str | Path] = [
+        "cmake",
+        "-S",
+        EXAMPLES / "embed",
+        "-B",
+        build,
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     configured = subprocess.run(configure, capture_output=True, text=True, check=False)
     if "Development.Embed" in configured.stderr:
         pytest.skip("this Python came without its shared library or headers")

@@ -1,6 +1,7 @@
 """Sessions through a real bundle: taking back, forking, saving, and what a damaged file says."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from galerne.errors import InputError
+from galerne.optimize.builders.build import build
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.model import Model
 from galerne.runtime.session import Session
+from galerne.targets.target import load
 
 Bundles = Callable[[str], Bundle]
 CHUNK, WINDOW = 8, 16  # of the bundles in conftest.py
@@ -98,6 +101,24 @@ def test_a_saved_session_goes_on(bundle_of: Bundles, tmp_path: Path, precision: 
             each.append([3])
         assert greedy(again, 30) == greedy(session, 30)
     assert [entry.name for entry in tmp_path.iterdir()] == ["session"]
+
+
+def test_a_session_moves_between_engines_that_keep_the_same_type(bundle_of: Bundles, tmp_path: Path) -> None:
+    """The `cpu` engine keeps values transposed."""
+    shutil.copytree(bundle_of("fp32").path, tmp_path / "bundle")
+    built = build(Bundle.open(tmp_path / "bundle"), load("cpu"))
+    portable, engine = Model.open(built.path, "portable"), Model.open(built.path, "cpu")
+    for one, other in ((portable, engine), (engine, portable)):
+        session = fed(one, tokens(200))
+        session.save(tmp_path / "session")
+        again = other.load_session(tmp_path / "session")
+        assert all(np.array_equal(a, b) for a, b in zip(again.cache, session.cache, strict=True))
+        assert greedy(again, 20) == greedy(session.fork(), 20) == greedy(session, 20)
+    half = Model.open(bundle_of("fp16").path)
+    wide = build(Bundle.open(shutil.copytree(half.bundle.path, tmp_path / "fp16")), load("cpu"))
+    fed(half, [1]).save(tmp_path / "session")
+    with pytest.raises(InputError, match="holds F16 keys, engine 'cpu' keeps F32; it was saved with engine 'portable'"):
+        Model.open(wide.path, "cpu").load_session(tmp_path / "session")
 
 
 def test_a_rewound_session_is_saved_as_it_is(model: Model, tmp_path: Path) -> None:
