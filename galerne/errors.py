@@ -3,7 +3,9 @@
     GalerneError
     |- CheckFailed   exit 1   it ran and the answer is no (parity, fit, quality)
     |- InputError    exit 2   the caller can mend it (an option, a checkpoint, a bundle, a TOML file)
-    `- BackendError  exit 3   this machine lacks what it takes, or ONNX Runtime or TensorRT failed
+    |- BackendError  exit 3   this machine lacks what it takes, or ONNX Runtime or TensorRT failed
+    |- BusyError     exit 4   another thread is using the session, which serves one at a time
+    `- Cancelled     exit 130 someone asked it to stop, as Ctrl-C does
 
 Anything else that escapes is a bug of ours: traceback, exit 70.
 """
@@ -31,3 +33,15 @@ class BackendError(GalerneError):
     """This machine lacks what the command needs, or the backend failed."""
 
     exit_code = 3
+
+
+class BusyError(GalerneError):
+    """Another thread is using what serves one thread at a time. Nothing was changed; try again when it is done."""
+
+    exit_code = 4
+
+
+class Cancelled(GalerneError):
+    """Work was stopped because another thread asked for it. What was done before stays done."""
+
+    exit_code = 130

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 
 from galerne.errors import BackendError, InputError
@@ -35,10 +36,17 @@ def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file's content in one step: a reader sees the old bytes or the new ones."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BufferedWriter]:
+    """Yield a new file that takes the place of `path` in one step when the block ends well, and goes when it does not."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

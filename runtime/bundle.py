@@ -4,6 +4,8 @@ A bundle holds no code and nothing of it is executed; no path in its manifest ma
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,6 +70,15 @@ class Bundle:
                 raise InputError(
                     f"{self.path / name}: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…: the file was changed"
                 )
+
+    def fingerprint(self) -> str:
+        """Return a hex SHA-256 that stands for what the bundle computes: its model, graph and weights.
+
+        Not of the whole manifest, which changes when an engine or a verdict is added.
+        """
+        facts = [dataclasses.asdict(facts) for facts in (self.manifest.model, self.manifest.graph)]
+        hashes = [self.manifest.files[name].sha256 for name in (GRAPH, WEIGHTS) if name in self.manifest.files]
+        return hashlib.sha256(json.dumps([*facts, *hashes], sort_keys=True).encode()).hexdigest()
 
     def engines(self) -> list[str]:
         """Return the names of the engines that were built into the bundle."""

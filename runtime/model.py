@@ -1,25 +1,27 @@
 """A bundle that is loaded and can be run."""
 
+import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from types import TracebackType
 
 from galerne.errors import InputError
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.select import open_engine
 from galerne.runtime.ring import Ring
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from galerne.runtime.rows import Rows
+from galerne.runtime.session import Session
+from galerne.runtime.session_file import read_session
 
 
 class Model:
-    """A bundle and the engine that runs it. It holds no state of a generation: that is in `Rows`.
+    """A bundle and the engine that runs it. It holds no state of a generation: that is in `Rows` and `Session`.
+
+    Any number of threads may use one model, each with rows or sessions of its own.
 
     load_s: how long opening the engine took, in seconds.
     """
@@ -27,6 +29,8 @@ class Model:
     def __init__(self, bundle: Bundle, engine: Engine, load_s: float) -> None:
         self.bundle, self.engine, self.load_s = bundle, engine, load_s
         self.facts, self.graph = bundle.manifest.model, bundle.manifest.graph
+        self._pid, self._closed, self._lock = os.getpid(), False, threading.Lock()
+        self._open: weakref.WeakSet[Rows] = weakref.WeakSet()
 
     @staticmethod
     def open(path: Path, engine: str | None = None, *, exact: bool = False, threads: int | None = None) -> "Model":
@@ -36,96 +40,59 @@ class Model:
         opened = open_engine(bundle, engine, exact=exact, threads=threads)
         return Model(bundle, opened, time.perf_counter() - start)
 
-    def rows(self, batch: int = 1, *, full_ring: bool = False) -> "Rows":
-        """Start `batch` empty sequences that are fed together. `full_ring` allocates the ring's full size at once."""
-        return Rows(self, batch, full_ring=full_ring)
+    def rows(self, batch: int = 1, *, full_ring: bool = False) -> Rows:
+        """Start `batch` empty sequences that are fed together. `full_ring` allocates the ring's full size at once.
 
-
-class Rows:
-    """Sequences of their own lengths that are fed together."""
-
-    def __init__(self, model: Model, batch: int, *, full_ring: bool = False) -> None:
-        self._model = model
-        self._ring = Ring(model.graph, batch, full=full_ring)
-        self.cache = model.engine.new_cache(batch, self._ring.capacities)
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many tokens each row was fed."""
-        return [int(position) for position in self._ring.positions]
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Slots of each kind's ring at present."""
-        return self._ring.capacities
-
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Float32:
-        """Append tokens to each row and return the logits after its last one.
-
-        Args:
-            tokens: a list of token ids for each row; one that gets none keeps its place.
-        Returns: [B, vocab_size] float32, a copy; NaN for a row that got none.
-        Raises: InputError on a token outside of the vocabulary, or beyond the longest context.
+        Raises: InputError if the model is closed, or this process was forked from the one that opened it.
         """
-        last = np.full((len(tokens), self._model.facts.vocab_size), np.nan, np.float32)
-        for counts, ended, logits in self._runs(tokens, every=False):
-            rows = np.flatnonzero(ended & (counts > 0))
-            last[rows] = logits[rows, 0]
-        return last
+        return self.rows_at(Ring(self.graph, batch, full=full_ring))
 
-    def feed_all(
-        self, tokens: Sequence[Sequence[int]], *, keep: Sequence[Sequence[int]] | None = None
-    ) -> list[Float32]:
-        """Append tokens to each row and return the logits after every one of them: [tokens, vocab_size] for each row.
+    def rows_at(self, ring: Ring) -> Rows:
+        """Start rows that stand where `ring` does. Their memory is empty: fill it. Raises: as `rows`."""
+        self.check_usable()
+        rows = Rows(self, ring)
+        with self._lock:
+            self._open.add(rows)
+        return rows
 
-        Args:
-            keep: for each row the indices into its new tokens whose logits are wanted, ascending; all by default.
+    def session(self) -> Session:
+        """Start an empty session. Raises: as `rows`."""
+        return Session(self.rows())
+
+    def load_session(self, path: Path) -> Session:
+        """Go on with a session that `Session.save` wrote.
+
+        Raises: InputError if the file is damaged, or of another bundle or another engine's type of cache; and as `rows`.
         """
-        parts: list[list[Float32]] = [[] for _ in tokens]
-        done = [0] * len(tokens)
-        for counts, _, logits in self._runs(tokens, every=True):
-            for row, count in enumerate(counts):
-                kept = (
-                    np.arange(count)
-                    if keep is None
-                    else np.flatnonzero(np.isin(np.arange(count) + done[row], keep[row]))
-                )
-                parts[row].append(logits[row, kept])
-                done[row] += int(count)
-        empty = np.zeros((0, self._model.facts.vocab_size), np.float32)
-        return [np.concatenate([empty, *part]) for part in parts]
+        return Session(*read_session(self, path))
 
-    def _runs(self, tokens: Sequence[Sequence[int]], *, every: bool) -> Iterator[tuple[Int64, Bools, Float32]]:
-        """Feed tokens chunk by chunk.
+    def check_usable(self) -> None:
+        """Raises: InputError if the model is closed, or this process was forked from the one that opened it."""
+        if self._closed:
+            raise InputError(f"{self.bundle.path}: the model is closed; open it again")
+        if os.getpid() != self._pid:
+            raise InputError(
+                f"{self.bundle.path}: opened in process {self._pid} and used in its forked child {os.getpid()}, where the "
+                'engine\'s threads do not run; open it in the child, or start children with the "spawn" method'
+            )
 
-        Yields: how many tokens each row got in this run [B], which rows have no more of them [B], and the logits
-        [B, K, vocab_size] after each token, or (unless `every`) after the row's last token of the run.
+    def close(self) -> None:
+        """Release the engine and the memory of all rows and sessions. Closing twice is closing once.
+
+        Raises: BusyError if one of them is being fed, and nothing is closed; `cancel` it first.
         """
-        ring, pending = self._ring, [self._checked(row, list(ids)) for row, ids in enumerate(tokens)]
-        lengths = np.array([len(ids) for ids in pending], np.int64)
-        ring.check_room(lengths)
-        done = np.zeros_like(lengths)
-        while (done < lengths).any():
-            wanted = int((lengths - done).max())
-            capacities = ring.wanted_capacities(min(wanted, self._model.graph.chunk))
-            if capacities != ring.capacities:
-                self.cache.resize(capacities)
-                ring.capacities = capacities
-            size = ring.next_run(wanted)
-            counts = np.minimum(lengths - done, size)
-            # Shorter rows are padded at their end: the padding's positions go on counting, and are overwritten later.
-            ids = np.zeros((len(pending), size), np.int64)
-            for row, count in enumerate(counts):
-                ids[row, :count] = pending[row][done[row] : done[row] + count]
-            picked = np.broadcast_to(np.arange(size), ids.shape) if every else np.maximum(counts - 1, 0)[:, None]
-            logits = self._model.engine.run(self.cache, ids, ring.position_ids(size), ring.write_indices(), picked)
-            ring.positions += counts
-            done += counts
-            yield counts, done == lengths, logits
+        with self._lock, ExitStack() as held:
+            rows = list(self._open)
+            for each in rows:
+                held.enter_context(each.exclusive)
+            for each in rows:
+                each.release()
+            self._closed = True
+            self._open.clear()
+            self.engine.close()
 
-    def _checked(self, row: int, ids: list[int]) -> list[int]:
-        vocab_size = self._model.facts.vocab_size
-        for index, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise InputError(f"row {row}, token {index}: id {token} is not in the vocabulary of {vocab_size}")
-        return ids
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -64,3 +64,11 @@ def bundle_of(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def heavy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose one run of 2,048 tokens takes a core some hundred milliseconds, in which nothing can come between."""
+    folder = tmp_path_factory.mktemp("heavy")
+    checkpoint = save_mistral(folder / "checkpoint", hidden_size=512, intermediate_size=1024, sliding_window=64)
+    return export(open_checkpoint(checkpoint), recipe.load("fp32"), folder / "bundle", chunk=2048)

@@ -14,7 +14,8 @@ from galerne.export.parity.cases import Case, Plan, RingSize
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines.select import PORTABLE
 from galerne.runtime.generate import Generation
-from galerne.runtime.model import Model, Rows
+from galerne.runtime.model import Model
+from galerne.runtime.rows import Rows
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

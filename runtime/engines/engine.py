@@ -11,13 +11,27 @@ Float32 = npt.NDArray[np.float32]
 
 
 class Cache(Protocol):
-    """The rings' memory on the engine's device: for each layer keys and values [B, num_key_value_heads, C, head_dim]."""
+    """The rings' memory on the engine's device: for each layer keys and values [B, num_key_value_heads, C, head_dim].
+
+    capacities: C of each kind of layer at present.
+    """
+
+    capacities: tuple[int, ...]
 
     def resize(self, capacities: Sequence[int]) -> None:
         """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """Return the rings, keys and values by turns, without a copy where the device's memory allows it."""
+        """Return the rings, keys and values by turns, without a copy where the device's memory allows it.
+
+        Whatever order the engine keeps them in, the axes are [B, num_key_value_heads, C, head_dim]: strides may be unusual.
+        """
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Copy the contents of rings of the same shapes and type into these."""
+
+    def close(self) -> None:
+        """Let go of the memory, but for what an array of the caller's still shows."""
 
 
 class Engine(Protocol):
@@ -37,6 +51,10 @@ class Engine(Protocol):
             ids, positions: [B, S] int64.
             write_indices: [kinds of layers, B] int64.
             logit_indices: [B, K] int64.
-        Returns: logits [B, K, vocab_size] float32. The memory is the engine's and holds until the next run.
+        Returns: logits [B, K, vocab_size] float32. The memory is the cache's and holds until the cache's next run; for K = 1
+            it is the same at every run.
         Raises: BackendError if the backend fails.
         """
+
+    def close(self) -> None:
+        """Let go of the backend's memory; no run may follow."""

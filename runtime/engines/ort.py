@@ -1,6 +1,8 @@
 """ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ class _RingLayout:
     axes: tuple[int | str, ...]
     kind: int
 
+    @property
+    def slot_axis(self) -> int:
+        """The axis of C."""
+        return next(axis for axis in range(1, len(self.axes)) if isinstance(self.axes[axis], str))
+
     def shape(self, batch: int, capacity: int) -> tuple[int, ...]:
         """Return the sizes for a number of rows and of slots."""
         return batch, *(capacity if isinstance(size, str) else size for size in self.axes[1:])
@@ -54,9 +61,16 @@ class OrtCache:
     """
 
     def __init__(
-        self, batch: int, layout: Sequence[_RingLayout], capacities: Sequence[int], dtype: npt.DTypeLike
+        self,
+        batch: int,
+        layout: Sequence[_RingLayout],
+        capacities: Sequence[int],
+        dtype: npt.DTypeLike,
+        vocab_size: int,
     ) -> None:
-        self.batch, self._layout = batch, layout
+        self.batch, self.capacities, self._layout = batch, tuple(capacities), layout
+        # Where every run of K = 1 leaves its logits, so that whoever holds this array sees each step's.
+        self.last_logits = np.zeros((batch, 1, vocab_size), np.float32)
         # Zeros and not empty memory: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
         self._arrays: list[npt.NDArray[Any]] = [
             np.zeros(ring.shape(batch, capacities[ring.kind]), dtype) for ring in layout
@@ -69,16 +83,29 @@ class OrtCache:
 
     def resize(self, capacities: Sequence[int]) -> None:
         """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
-        for i, (ring, old) in enumerate(zip(self._layout, self._arrays, strict=True)):
+        grown = []
+        for ring, old in zip(self._layout, self._arrays, strict=True):
+            new = old
             if (shape := ring.shape(self.batch, capacities[ring.kind])) != old.shape:
                 new = np.zeros(shape, old.dtype)
                 new[tuple(map(slice, old.shape))] = old
-                self._arrays[i] = new
+            grown.append(new)
+        # Nothing that Ctrl-C could interrupt stands between these two: they always fit each other.
+        self._arrays, self.capacities = grown, tuple(capacities)
         self._wrap()
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """Return the rings, keys and values by turns, as the engine lays them out."""
-        return self._arrays
+        """Return the rings, keys and values by turns: the memory itself, as long as the rings keep their size."""
+        return [np.moveaxis(array, ring.slot_axis, 2) for ring, array in zip(self._layout, self._arrays, strict=True)]
+
+    def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Copy the contents of rings of the same shapes and type into these."""
+        for own, other in zip(self.arrays(), arrays, strict=True):
+            own[...] = other
+
+    def close(self) -> None:
+        """Let go of the memory, but for what an array of the caller's still shows."""
+        self._layout, self._arrays, self.values, self.bindings = [], [], [], {}
 
 
 class _Binding:
@@ -98,7 +125,9 @@ class _Binding:
         self.positions = np.zeros((batch, tokens), np.int64)
         self.write_indices = np.zeros((len(starts), batch), np.int64)
         self.logit_indices = np.zeros((batch, logits), np.int64)
-        self.logits = np.zeros((batch, logits, manifest.model.vocab_size), np.float32)
+        self.logits = (
+            cache.last_logits if logits == 1 else np.zeros((batch, logits, manifest.model.vocab_size), np.float32)
+        )
         self.io = session.io_binding()
         inputs = {
             "input_ids": self.ids,
@@ -114,17 +143,38 @@ class _Binding:
             self.io.bind_ortvalue_output(f"present.{ring.name}", value)
 
 
+class _Session:
+    """ONNX Runtime's session, which ends in the process that opened it only.
+
+    A forked child has none of its threads, and ending it there would wait for them for ever: the child keeps it instead.
+    """
+
+    def __init__(self, graph: Path, options: ort.SessionOptions) -> None:
+        self._pid = os.getpid()
+        self.ort = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+    # Bound here, as the interpreter may have cleared its modules when it comes to this.
+    def __del__(
+        self,
+        process: Callable[[], int] = os.getpid,
+        keep: Callable[[object], object] = ctypes.pythonapi.Py_IncRef,
+        reference: Callable[[object], object] = ctypes.py_object,
+    ) -> None:
+        if process() != self._pid and hasattr(self, "ort"):
+            keep(reference(self.ort))
+
+
 class OrtEngine:
     """A graph in ONNX Runtime's CPU provider: the portable one, or the `cpu` engine."""
 
     def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            self._session: _Session | None = _Session(graph, options)
         except Exception as exc:  # onnxruntime's errors share no base class of their own
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
         self._manifest = manifest
-        inputs = {value.name: value for value in self._session.get_inputs()}
+        inputs = {value.name: value for value in self._session.ort.get_inputs()}
         self._dtype = _TYPES[inputs["past_key_values.0.key"].type]
         self._layout = [
             _RingLayout(name, tuple(inputs[f"past_key_values.{name}"].shape), kind)
@@ -134,27 +184,31 @@ class OrtEngine:
 
     def new_cache(self, batch: int, capacities: Sequence[int]) -> OrtCache:
         """Allocate rings for `batch` rows, with C slots for each kind of layer."""
-        return OrtCache(batch, self._layout, capacities, self._dtype)
+        return OrtCache(batch, self._layout, capacities, self._dtype, self._manifest.model.vocab_size)
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
-        assert isinstance(cache, OrtCache)
+        assert isinstance(cache, OrtCache) and self._session is not None
         shape = (ids.shape[1], logit_indices.shape[1])
         binding = cache.bindings.get(shape)
         if binding is None:
             if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
                 cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            binding = _Binding(self._session, cache, self._manifest, self._layout, *shape)
+            binding = _Binding(self._session.ort, cache, self._manifest, self._layout, *shape)
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices
         try:
-            self._session.run_with_iobinding(binding.io)
+            self._session.ort.run_with_iobinding(binding.io)
         except Exception as exc:
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}"
             ) from exc
         return binding.logits
+
+    def close(self) -> None:
+        """Let go of ONNX Runtime's session; no run may follow."""
+        self._session = None
 
 
 def one_line(exc: BaseException) -> str:

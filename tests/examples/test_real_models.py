@@ -1,5 +1,7 @@
 """The two real models of the examples, the whole way."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +116,14 @@ def test_tensorrt_rtx_builds_ahead_of_time(example: Examples, model: str, name: 
     if not gpu_count():
         with pytest.raises(BackendError, match=r"this machine has no NVIDIA (driver|GPU)"):
             open_engine(built, "rtx-4090")
+
+
+def test_the_session_example_runs(example: Examples) -> None:
+    script = TINY.parent / "session.py"
+    command: list[str | Path] = [sys.executable, script, example("tiny-mistral", "fp32").path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    one, another, rewound, saved, cancelled = done.stdout.splitlines()
+    assert len({one, another, rewound}) == 3
+    assert saved.startswith("saved ")
+    assert cancelled.startswith("cancelled: ")

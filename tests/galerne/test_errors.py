@@ -3,12 +3,19 @@
 import pytest
 
 from galerne import errors
-from galerne.errors import BackendError, CheckFailed, GalerneError, InputError
+from galerne.errors import BackendError, BusyError, Cancelled, CheckFailed, GalerneError, InputError
+
+STATUS = [
+    (CheckFailed, 1),
+    (InputError, 2),
+    (BackendError, 3),
+    (BusyError, 4),
+    (Cancelled, 130),
+    (GalerneError, 70),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "status"), [(CheckFailed, 1), (InputError, 2), (BackendError, 3), (GalerneError, 70)], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("kind", "status"), STATUS, ids=lambda v: str(v))
 def test_exit_code(kind: type[GalerneError], status: int) -> None:
     assert kind("why").exit_code == status
 

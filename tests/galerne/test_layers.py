@@ -155,3 +155,40 @@ def test_help_is_instant() -> None:
     """The command line's entry loads neither the runtime's libraries nor the other layers."""
     loaded = _import_without(EXPORT_ONLY | BACKENDS, ["galerne.cli.main"])
     assert loaded & {"numpy", "onnxruntime", "tokenizers", "galerne.optimize", "galerne.export"} == set()
+
+
+# What a module makes once and nobody changes: it may look like state, so each is named here.
+CONSTANT_CALLS = {"TypeVar", "frozenset", "compile", "getLogger", "_byte_values", "SamplingOptions", "dtype"}
+
+
+def _state(file: Path) -> Iterator[str]:
+    """Yield what a module could keep between two calls: rebound globals, caches of functions, mutable objects of its own."""
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield f"{file.name}:{node.lineno}: global {', '.join(node.names)}"
+        elif isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                if "cache" in ast.unparse(decorator):
+                    yield f"{file.name}:{node.lineno}: @{ast.unparse(decorator)}"
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        value = node.value
+        called = ast.unparse(value.func).split(".")[-1] if isinstance(value, ast.Call) else None
+        empty = isinstance(value, ast.List | ast.Dict | ast.Set) and not ast.unparse(value).strip("[]{}")
+        if empty or (called is not None and called not in CONSTANT_CALLS):
+            yield f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_the_runtime_keeps_no_global_state() -> None:
+    """A program that embeds it may hold any number of models, in any threads, and they share nothing."""
+    assert [found for file in _files("runtime", "targets") for found in _state(file)] == []
+
+
+def test_the_rule_on_state_itself(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text(
+        "import functools\nseen = {}\nlock = Lock()\nBYTES = {'a': 1}\n@functools.lru_cache\ndef f():\n    global seen\n"
+    )
+    assert len(list(_state(file))) == 4

@@ -15,6 +15,7 @@ from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
 from galerne.runtime.sampling import SamplingOptions
 
+CHUNK = 8  # of the bundles in conftest.py
 Bundles = Callable[[str], Bundle]
 
 
@@ -85,6 +86,34 @@ def test_last_logits_equal_those_of_every_token(model: Model) -> None:
     stepped = model.rows()
     for i, token in enumerate(prompt):
         assert np.allclose(stepped.feed([[token]])[0], every[i], atol=1e-4)
+
+
+def test_a_rewound_row_goes_on_as_if_the_tokens_had_never_been_fed(model: Model) -> None:
+    """Rows of two lengths, before and after the ring wraps; what was taken back is replaced by other tokens."""
+    for lengths in ([20, 9], [90, 71]):
+        kept = [tokens(length, seed=length) for length in lengths]
+        other = [tokens(CHUNK, seed=5), tokens(3, seed=6)]
+        rows, fresh = model.rows(2), model.rows(2)
+        fresh.feed(kept)
+        rows.feed(kept)
+        for wrong in range(3):
+            rows.feed([tokens(6, seed=wrong), tokens(6, seed=wrong + 3)])
+            assert min(rows.rewindable) >= 6
+            rows.rewind([6, 6])
+            assert rows.lengths == lengths
+        assert np.allclose(rows.feed(other), fresh.feed(other), atol=1e-5)
+        assert np.allclose(rows.feed([[1], [2]]), fresh.feed([[1], [2]]), atol=1e-5)
+
+
+def test_rewinding_further_than_the_ring_holds_says_how_far_it_goes(model: Model) -> None:
+    rows = model.rows()
+    for token in tokens(60):
+        rows.feed([[token]])
+    assert rows.rewindable == [CHUNK + 1]
+    with pytest.raises(InputError, match="rewind by 10 tokens: the ring can take back 9, or all 60 to start anew"):
+        rows.rewind([10])
+    rows.rewind([60])
+    assert np.array_equal(rows.feed([tokens(7)]), model.rows(full_ring=True).feed([tokens(7)]))
 
 
 def test_eos_ends_a_row_and_is_not_given_out(model: Model, reference: MistralForCausalLM) -> None:
