@@ -125,10 +125,11 @@ class Layer(nn.Module):
         mlp = getattr(self, self.mlp_name)
         attended, keys, values = self.self_attn(self.input_layernorm(x), rotary, mask, write_indices, past)
         if self.post_norms:
-            x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x))), keys, values
-        x = x + attended
-        return x + mlp(self.post_attention_layernorm(x)), keys, values
+            x = x + self.post_attention_layernorm(attended.to(x.dtype))
+            fed = mlp(self.pre_feedforward_layernorm(x))
+            return x + self.post_feedforward_layernorm(fed.to(x.dtype)), keys, values
+        x = x + attended.to(x.dtype)
+        return x + mlp(self.post_attention_layernorm(x)).to(x.dtype), keys, values
 
 
 class Stack(nn.Module):
@@ -137,7 +138,7 @@ class Stack(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.embedding_scale = spec.embedding_scale
+        self.embedding_scale, self.wide_residual = spec.embedding_scale, spec.wide_residual
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_hidden_layers))
         self.norm = RMSNorm(spec.hidden_size, spec)
         self.windows, self.layer_kinds = layer_kinds(spec.layer_windows)
@@ -150,8 +151,10 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the residual stream [B, S, E] and the rings after this run, keys and values by turns."""
         x = self.embed_tokens(input_ids)
+        if self.wide_residual:
+            x = x.float()
         if self.embedding_scale != 1:
-            x = (x.float() * self.embedding_scale).to(x.dtype)
+            x = x * self.embedding_scale
         rotations = [rotary(position_ids) for rotary in self.rotary]
         masks = [
             ring_mask(position_ids, past[2 * self.layer_kinds.index(kind)], window)

@@ -1,5 +1,6 @@
 """The decoder's gated MLP, alone or as one of several experts, and the products that read one input together."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,9 +10,10 @@ from galerne.export.spec import Activation, DecoderSpec
 
 
 def project(x: Tensor, linears: Iterable[nn.Linear]) -> Tensor:
-    """Apply linear layers that read the same input as one product: [..., in] to [..., sum of out]."""
+    """Apply linear layers that read the same input as one product in their own type: [..., in] to [..., sum of out]."""
     linears = list(linears)
-    product = torch.matmul(x, _joined([linear.weight for linear in linears]).t())
+    weight = _joined([linear.weight for linear in linears])
+    product = torch.matmul(x.to(weight.dtype), weight.t())
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return product + _joined(biases) if biases else product
 
@@ -66,8 +68,9 @@ class Mixture(nn.Module):
         likely = torch.softmax(project(x, [self.gate]).float(), dim=-1)  # [B, S, experts]
         best, indices = torch.topk(likely, self.chosen, dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
-        total = torch.zeros_like(x)
+        parts = []
         for number, expert in enumerate(self.experts):
             weight = torch.where(indices == number, best, 0.0).sum(dim=-1, keepdim=True)  # [B, S, 1]
-            total = total + expert(x) * weight.to(x.dtype)
-        return total
+            part = expert(x)
+            parts.append(part * weight.to(part.dtype))
+        return functools.reduce(torch.add, parts)

@@ -26,6 +26,7 @@ class DecoderSpec:
     qk_norm: whether each head's query and key pass a norm of their own before they are rotated.
     norm_offset: what is added to the weights of all norms.
     post_norms: whether what attention and MLP give pass a norm before they are added to the residual stream.
+    wide_residual: whether the residual stream is float32 whatever the graph computes in, as it grows beyond float16.
     attention_scale: of the scores; None for 1 / sqrt(head_dim).
     attention_softcap, logit_softcap: the bound c in c * tanh(x / c) of scores and of logits; None for no bound.
     num_experts: MLPs of which each token takes the `experts_per_token` best; 0 for a single MLP.
@@ -55,6 +56,7 @@ class DecoderSpec:
     qk_norm: bool = False
     norm_offset: float = 0.0
     post_norms: bool = False
+    wide_residual: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint, DType, numpy_dtype
-from galerne.export.checkpoint.gguf_config import compose_config, hugging_face_names
+from galerne.export.checkpoint.gguf_config import architecture, compose_config, hugging_face_names
 from galerne.export.checkpoint.gguf_header import TensorInfo, read_header
 from galerne.export.checkpoint.mapped import MappedFile
 
@@ -27,7 +27,7 @@ _VALUES_AT_ONCE = 1 << 20  # dequantize keeps some ten bytes a value beside its 
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file of llama.cpp's `llama` architecture."""
+    """A GGUF file of one of llama.cpp's architectures in `gguf_architectures`."""
 
     format = "gguf"
 
@@ -36,6 +36,7 @@ class GgufCheckpoint(Checkpoint):
         self.path = path
         self._file = MappedFile(path)
         self._header = read_header(self._file)
+        self._stored = architecture(self._header, path)
         self.config = compose_config(self._header, path)
         self._names = hugging_face_names(self._header, path)
         self._shapes = {name: self._header.tensors[stored].shape for name, stored in self._names.items()}
@@ -58,7 +59,11 @@ class GgufCheckpoint(Checkpoint):
             values = self._file.view(info.offset, info.shape, numpy_dtype(dtype))
         else:
             values = self._dequantize(name, info)
-        # Query and key alone: llama.cpp rotates neighbouring values, Hugging Face the two halves of a head.
+        if self._stored.norm_offset and name.endswith("norm.weight"):
+            return values - np.float32(self._stored.norm_offset)
+        if not self._stored.neighbours_rotate:
+            return values
+        # Query and key alone: llama.cpp rotates neighbouring values of a llama, Hugging Face the two halves of a head.
         if ".q_proj." in name:
             return self._halves_apart(name, values, int(self.config["num_attention_heads"]))
         if ".k_proj." in name:

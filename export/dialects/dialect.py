@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
+from onnx_ir import DataType
 from onnxscript.values import Opset
 
 from galerne.export import ops as _defined  # noqa: F401  defines torch.ops.galerne
@@ -34,7 +35,8 @@ def casts(onnx: Opset, compute_type: torch.dtype) -> tuple[Cast, Cast]:
     narrow = {torch.float16: 10, torch.bfloat16: 16}.get(compute_type)  # onnx.TensorProto's numbers of the types
     if narrow is None:
         return (lambda x: x), (lambda x: x)
-    return (lambda x: onnx.Cast(x, to=1)), (lambda x: onnx.Cast(x, to=narrow))
+    # A residual stream may be float32 whatever the graph computes in.
+    return (lambda x: x if x.dtype == DataType.FLOAT else onnx.Cast(x, to=1)), (lambda x: onnx.Cast(x, to=narrow))
 
 
 def layout(onnx: Opset) -> Translations:

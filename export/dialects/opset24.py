@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from onnx_ir import DataType
 from onnxscript.values import Opset
 
 from galerne.export.dialects.dialect import Translations, basic_attend, casts, layout
@@ -20,7 +21,8 @@ def translations(compute_type: torch.dtype) -> Translations:
     in_basics = basic_attend(_onnx, compute_type)
 
     def onnx_rms_norm(x: Any, weight: Any, eps: float) -> Any:
-        return back(_onnx.RMSNormalization(wide(x), weight, axis=-1, epsilon=eps))
+        normed = _onnx.RMSNormalization(wide(x), weight, axis=-1, epsilon=eps)
+        return normed if x.dtype == DataType.FLOAT else back(normed)
 
     def onnx_rotate(x: Any, cos: Any, sin: Any) -> Any:
         return back(_onnx.RotaryEmbedding(wide(x), cos, sin))

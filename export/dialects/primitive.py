@@ -6,6 +6,7 @@ For stacks that are older than those operators, such as TensorRT 10.3 on JetPack
 from typing import Any
 
 import torch
+from onnx_ir import DataType
 from onnxscript.values import Opset
 
 from galerne.export.dialects.dialect import Translations, basic_attend, casts, layout
@@ -23,9 +24,10 @@ def translations(compute_type: torch.dtype) -> Translations:
 
     def onnx_rms_norm(x: Any, weight: Any, eps: float) -> Any:
         # In the form that ONNX Runtime and TensorRT know as one kernel.
-        x = wide(x)
-        variance = _onnx.ReduceMean(_onnx.Pow(x, _number(2.0)), _integers(-1))
-        return back(_onnx.Mul(_onnx.Div(x, _onnx.Sqrt(_onnx.Add(variance, _number(eps)))), weight))
+        values = wide(x)
+        variance = _onnx.ReduceMean(_onnx.Pow(values, _number(2.0)), _integers(-1))
+        normed = _onnx.Mul(_onnx.Div(values, _onnx.Sqrt(_onnx.Add(variance, _number(eps)))), weight)
+        return normed if x.dtype == DataType.FLOAT else back(normed)
 
     def onnx_rotate(x: Any, cos: Any, sin: Any) -> Any:
         # The halves change places and sin changes its sign in the first, so that all layers share what is made of sin and cos.

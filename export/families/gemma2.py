@@ -31,6 +31,7 @@ def gemma_spec(config: ConfigReader, architecture: str, pattern: int) -> Decoder
         embedding_scale=base.hidden_size**0.5,
         norm_offset=1.0,
         post_norms=True,
+        wide_residual=True,
         attention_scale=config.number("query_pre_attn_scalar") ** -0.5,
         attention_softcap=config.nullable_number("attn_logit_softcapping"),
         logit_softcap=config.nullable_number("final_logit_softcapping"),

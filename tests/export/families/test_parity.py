@@ -12,11 +12,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.parity.verify import verify
 from galerne.optimize.quantize import recipe
-from galerne.runtime.bundle import GRAPH
+from galerne.runtime.bundle import GRAPH, Bundle
 
 Settings = dict[str, Any]
 Draw = Callable[[random.Random], Settings]
@@ -165,16 +166,22 @@ def save(folder: Path, family: str, seed: int) -> Path:
     return folder
 
 
-def check(folder: Path, family: str, seed: int, chunk: int) -> None:
+def check(folder: Path, family: str, seed: int, chunk: int, name: str = "fp32") -> Bundle:
     checkpoint = open_checkpoint(save(folder / "checkpoint", family, seed))
-    bundle = export(checkpoint, recipe.load("fp32"), folder / "bundle", chunk=chunk)
+    bundle = export(checkpoint, recipe.load(name), folder / "bundle", chunk=chunk)
     report = verify(bundle, checkpoint)
     assert report.passed, [case for case in report.cases if not case.passed]
-    assert max(case.max_abs for case in report.cases if case.max_abs is not None) <= 1e-3
-    assert {node.domain for node in onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph.node} == {""}
     windows = [window for window in bundle.manifest.model.layer_windows if window is not None]
     if windows:  # some case went past the window and around the ring
         assert max(case.tokens for case in report.cases) > 2 * (max(windows) + chunk)
+    if name == "fp32":
+        assert max(case.max_abs for case in report.cases if case.max_abs is not None) <= 1e-3
+    assert {node.domain for node in graph_of(bundle).node} == {""}
+    return bundle
+
+
+def graph_of(bundle: Bundle) -> onnx.GraphProto:
+    return onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,3 +194,41 @@ def test_family_matches_its_source(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_shapes_match_their_source(tmp_path: Path, family: str, seed: int) -> None:
     check(tmp_path, family, seed, chunk=5 + 8 * seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_recipes_match_their_source(tmp_path: Path, family: str, name: str) -> None:
+    check(tmp_path, family, seed=3, chunk=9, name=name)
+
+
+def test_biases_are_fused_as_their_weights_are(tmp_path: Path) -> None:
+    bundle = check(tmp_path, "qwen2", seed=4, chunk=16, name="fp16")
+    stored = {tensor.name: list(tensor.dims) for tensor in graph_of(bundle).initializer}
+    width = stored["model.layers.0.self_attn.qkv_proj.weight"][1]
+    assert stored["model.layers.0.self_attn.qkv_proj.bias"] == [width]
+
+
+def test_the_router_of_experts_is_not_quantized(tmp_path: Path) -> None:
+    bundle = check(tmp_path, "mixtral", seed=4, chunk=16, name="int8")
+    stored = {tensor.name for tensor in graph_of(bundle).initializer}
+    assert "model.layers.0.block_sparse_moe.gate.weight" in stored
+    assert "model.layers.0.block_sparse_moe.experts.0.w1_w3_proj.weight_quantized" in stored
+
+
+def test_longrope_ends_where_the_source_would_rotate_anew(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(tmp_path / "checkpoint", "phi3-longrope", seed=0))
+    with pytest.raises(InputError, match="--max-context: expected at most 96, found 97"):
+        export(checkpoint, recipe.load("fp32"), tmp_path / "bundle", max_context=97)
+    assert export(checkpoint, recipe.load("fp32"), tmp_path / "bundle").manifest.graph.max_context == 96
+
+
+def test_a_tensor_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "checkpoint", "qwen3", seed=0)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen3ForCausalLM", "LlamaForCausalLM").replace("qwen3", "llama"))
+    with pytest.raises(
+        InputError, match=r"self_attn.k_norm.weight: no part of a LlamaForCausalLM as its config .* \(\d"
+    ):
+        export(open_checkpoint(folder), recipe.load("fp32"), tmp_path / "bundle")
