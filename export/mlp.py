@@ -68,7 +68,7 @@ class Mixture(nn.Module):
         likely = torch.softmax(project(x, [self.gate]).float(), dim=-1)  # [B, S, experts]
         best, indices = torch.topk(likely, self.chosen, dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
-        parts = []
+        parts: list[Tensor] = []
         for number, expert in enumerate(self.experts):
             weight = torch.where(indices == number, best, 0.0).sum(dim=-1, keepdim=True)  # [B, S, 1]
             part = expert(x)

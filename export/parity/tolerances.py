@@ -17,7 +17,8 @@ class Limits:
     max_mean_kl: the mean over positions of KL(reference, bundle) in nats.
     min_top1_agreement: the share of positions whose likeliest token is the same. One position a case may always differ,
         since two tokens can be as good as equal.
-    greedy: whether the tokens of free generation must be the reference's.
+    greedy: whether each token of free generation must be the one that the reference holds likeliest after those before it; one
+        whose logit is within max_abs of the likeliest's will do.
     source: where the numbers come from.
     """
 
