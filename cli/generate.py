@@ -29,6 +29,10 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Keep tokens at least p times as likely as the first.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(help="Guess up to this many tokens from the text and check them at once; same output. 0: none."),
+    ] = 0,
     engine: Annotated[
         str | None, typer.Option(help='"portable" or an engine; by default the `cpu` engine if there is one.')
     ] = None,
@@ -50,7 +54,7 @@ def generate(
     if stop and not has_tokenizer:
         raise InputError(f"{bundle}: --stop needs a tokenizer, and the bundle has none")
     ids = prompt_tokens(model.bundle, given)
-    generation = Generation(model, [ids], max_new_tokens=max_new_tokens, sampling=sampling)
+    generation = Generation(model, [ids], max_new_tokens=max_new_tokens, sampling=sampling, speculate=speculate)
     text = None
     if has_tokenizer:
         writer = TextGeneration(generation, Tokenizer.open(model.bundle), stop or ())
@@ -67,6 +71,7 @@ def generate(
         "load_s": model.load_s,
         "prefill_tokens_per_s": timings.prefill_tokens_per_s,
         "decode_tokens_per_s": timings.decode_tokens_per_s,
+        "drafted_tokens": timings.drafted_tokens,
     }
     data = {
         "prompt_ids": ids,

@@ -10,11 +10,16 @@ import torch
 from transformers import MistralForCausalLM
 
 from galerne.errors import BackendError, InputError
+from galerne.export.checkpoint.open import open_checkpoint
+from galerne.export.export import export
+from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
 from galerne.runtime.sampling import SamplingOptions
+from galerne.runtime.tokenizer import Tokenizer
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHUNK = 8  # of the bundles in conftest.py
 Bundles = Callable[[str], Bundle]
 
@@ -160,3 +165,71 @@ def test_memory_is_flat_and_tokens_right_far_past_the_window(model: Model, refer
     with torch.no_grad():
         logits = reference(torch.tensor([ids[-200:-1]])).logits[0]
     assert logits[-64:].argmax(-1).tolist() == ids[-64:]
+
+
+class Foresight:
+    """Drafts what plain generation gave, with an error here and there: every way in which a draft can be right or wrong."""
+
+    def __init__(self, plain: list[int], seed: int) -> None:
+        self._plain, self._random, self._known = plain, np.random.default_rng(seed), 0
+
+    def append(self, token: int) -> None:
+        assert token == self._plain[self._known]
+        self._known += 1
+
+    def draft(self, limit: int) -> list[int]:
+        count = min(int(self._random.integers(0, 7)), max(0, limit))
+        draft = self._plain[self._known : self._known + count]
+        return [token if self._random.random() < 0.7 else 500 - token for token in draft]
+
+    def kept(self, drafted: int, kept: int) -> None:
+        assert kept <= drafted
+
+
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SamplingOptions(temperature=0.8, seed=1)])
+def test_speculation_changes_no_token(model: Model, sampling: SamplingOptions) -> None:
+    """Past the window and the ring's end, for rows whose drafts differ in length and in how many are right."""
+    prompts = [tokens(30), tokens(3, seed=1), tokens(17, seed=2)]
+    plain = generate(model, prompts, 70, sampling=sampling)
+    generation = Generation(model, prompts, max_new_tokens=70, ignore_eos=True, sampling=sampling, speculate=6)
+    generation._lookups = [Foresight(row, seed) for seed, row in enumerate(plain)]  # type: ignore[misc]
+    given = list(generation)
+    assert [[token for row, token in given if row == wanted] for wanted in range(3)] == plain
+    assert [output.ids for output in generation.outputs] == plain
+    assert generation.timings.drafted_tokens > 100
+    assert generation.timings.decode_tokens == 3 * 69
+
+
+def test_speculation_takes_fewer_runs_where_the_text_repeats(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(EXAMPLES / "tiny-mistral")
+    model = Model.open(export(checkpoint, recipe.load("fp32"), tmp_path_factory.mktemp("tiny") / "bundle").path)
+    prompt = Tokenizer.open(model.bundle).encode("The harbour is quiet. The boats are in. " * 4)
+    runs: list[int] = []
+    run = model.engine.run
+    monkeypatch.setattr(model.engine, "run", lambda *args: runs.append(args[1].shape[1]) or run(*args))
+    plain = generate(model, [prompt], 150)
+    count = len(runs)
+    assert generate(model, [prompt], 150, speculate=8) == plain
+    assert max(runs[count + 1 :]) <= 9
+    assert len(runs) - count < 0.85 * count
+
+
+def test_speculation_ends_at_the_longest_context(checkpoint_folder: Path, tmp_path: Path) -> None:
+    bundle = export(
+        open_checkpoint(checkpoint_folder), recipe.load("fp32"), tmp_path / "b", chunk=CHUNK, max_context=60
+    )
+    model = Model.open(bundle.path)
+    outputs = []
+    for speculate in (0, 6):
+        generation = Generation(model, [tokens(20)], max_new_tokens=90, ignore_eos=True, speculate=speculate)
+        list(generation)
+        outputs.append(generation.outputs[0])
+    assert outputs[0] == outputs[1]
+    assert (outputs[1].stop_reason, len(outputs[1].ids)) == ("context", 41)
+
+
+def test_a_negative_draft_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="--speculate: expected 0 or more, found -1"):
+        Generation(model, [[1]], max_new_tokens=1, speculate=-1)
