@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from galerne.cli.output import Json, emit, size
-from galerne.errors import InputError
+from galerne.cli.output import Adapter, Json, emit, size
 from galerne.runtime.manifest import Dialect
 
 # Must read as the keys of galerne.optimize.quantize.recipe.PRECISIONS, which a test holds them to.
@@ -22,7 +21,9 @@ def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A Hugging Face folder with safetensors, or a .gguf file.", show_default=False
+            metavar="CHECKPOINT",
+            help="A folder with safetensors, Hugging Face's or Mistral's own, or a .gguf file.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.", show_default=False)],
@@ -35,20 +36,19 @@ def export(
     dialect: Annotated[
         Dialect, typer.Option(help="The graph's operators: ONNX's newest, or basic ones only, for an older stack.")
     ] = "opset24",
+    adapter: Adapter = None,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle: trace on the meta device, then stream the weights."""
-    if precision is not None and recipe is not None:
-        raise InputError("--precision and --recipe: give one of them")
     from galerne.export.checkpoint.open import open_checkpoint
     from galerne.export.export import DEFAULT_CHUNK
     from galerne.export.export import export as run
-    from galerne.optimize.quantize.recipe import PRECISIONS, load
+    from galerne.export.prequantized import choose_recipe
 
-    chosen = load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    source = open_checkpoint(checkpoint, adapter)
     bundle = run(
-        open_checkpoint(checkpoint),
-        chosen,
+        source,
+        choose_recipe(source, precision, recipe),
         out,
         chunk=DEFAULT_CHUNK if chunk is None else chunk,
         max_context=max_context,

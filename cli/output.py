@@ -15,6 +15,10 @@ SourcePath = Annotated[
         "--source", metavar="CHECKPOINT", help="The checkpoint that the bundle was made from.", show_default=False
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter, as peft saves it, merged into the checkpoint."),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; one for each core by default.", min=1)]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from galerne.cli.output import BundlePath, Json, SourcePath, emit, table
+from galerne.cli.output import Adapter, BundlePath, Json, SourcePath, emit, table
 from galerne.errors import CheckFailed
 from galerne.progress import step
 
@@ -21,6 +21,7 @@ def verify(
     source: SourcePath,
     engine: Annotated[str, typer.Option(help='"portable", or the name of an engine in the bundle.')] = "portable",
     html: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+    adapter: Adapter = None,
     json: Json = False,
 ) -> None:
     """Run the bundle beside the PyTorch source, compare, and enter the verdict into the bundle."""
@@ -31,7 +32,7 @@ def verify(
 
     opened = Bundle.open(bundle)
     with step(f"verify {engine}"):
-        report = run(opened, open_checkpoint(source), engine=engine)
+        report = run(opened, open_checkpoint(source, adapter), engine=engine)
     opened.with_verdict(engine, report.to_json(), report.passed)
     if html is not None:
         html.write_text(to_html(report), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.families.registry import read_spec
 from galerne.export.hashing import SourceHashes
+from galerne.export.packed_weights import split_products
+from galerne.export.prequantized import check_recipe
 from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
@@ -24,7 +25,7 @@ from galerne.optimize.graph.clean import clean
 from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
 from galerne.optimize.quantize.qdq import opset_of
-from galerne.optimize.quantize.recipe import Recipe
+from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
 from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, ModelFacts, Source, layer_kinds
@@ -35,7 +36,7 @@ _TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
 
 def export(
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     out: Path,
     *,
     chunk: int = DEFAULT_CHUNK,
@@ -56,6 +57,7 @@ def export(
         threads: that weights are made on, by default one for each core. The bundle's bytes do not depend on it.
     Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
     """
+    check_recipe(checkpoint, recipe)
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
@@ -73,6 +75,7 @@ def export(
         stored = [weight for weight in weights if weight.name not in frequencies]
         for name, values in frequencies.items():
             model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+        stored = split_products(model, stored, checkpoint)
         count = sum(math.prod(weight.shape) for weight in stored)
         bytes_per_weight = sum(file.stat().st_size for file in checkpoint.files()) / count
         with Task("weights", count) as task:
@@ -104,7 +107,7 @@ def export(
 
 
 def graph_facts(
-    spec: DecoderSpec, recipe: Recipe, chunk: int, max_context: int | None, dialect: Dialect = "opset24"
+    spec: DecoderSpec, recipe: AnyRecipe, chunk: int, max_context: int | None, dialect: Dialect = "opset24"
 ) -> GraphFacts:
     """Return the contract's sizes for a model.
 
@@ -135,7 +138,7 @@ def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in Decoder(spec).named_parameters()}
     found = checkpoint.shapes()
-    unused = sorted(found.keys() - wanted.keys() - _harmless(spec, found))
+    unused = sorted(found.keys() - wanted.keys() - _harmless(spec, checkpoint))
     if unused:
         raise InputError(
             f"{checkpoint.path}: tensor {unused[0]}: no part of a {spec.architecture} as its config describes it, so Galerne "
@@ -150,10 +153,13 @@ def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
             )
 
 
-def _harmless(spec: DecoderSpec, names: Iterable[str]) -> set[str]:
-    """Return the tensors that say what is known without them: rotary frequencies, and a head that is the embedding."""
+def _harmless(spec: DecoderSpec, checkpoint: Checkpoint) -> set[str]:
+    """Return the tensors that say what is known without them: rotary frequencies, a head that is the embedding, zero biases."""
+    names = checkpoint.shapes()
     tied = {"lm_head.weight"} if spec.tie_word_embeddings else set()
-    return tied | {name for name in names if name.endswith(".rotary_emb.inv_freq")}
+    # auto-gptq stores a bias of zeros where the model has none.
+    zeros = {name for name in names if name.endswith("_proj.bias") and not bool((checkpoint.read(name) != 0).any())}
+    return tied | zeros | {name for name in names if name.endswith(".rotary_emb.inv_freq")}
 
 
 def _model_facts(spec: DecoderSpec) -> ModelFacts:
@@ -176,4 +182,5 @@ def _model_facts(spec: DecoderSpec) -> ModelFacts:
 
 
 def _config_name(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.path / "config.json" if checkpoint.format == "safetensors" else checkpoint.path)
+    names = {"safetensors": "config.json", "consolidated": "params.json"}
+    return str(checkpoint.path / names[checkpoint.format] if checkpoint.format in names else checkpoint.path)

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.packed_weights import packed_initializers, packed_sources
 from galerne.export.tiles import is_finite, narrow, pack_rows, transpose_into, widen
 from galerne.optimize.graph.weights import Weight
 from galerne.optimize.quantize.qdq import insert_dequantize
-from galerne.optimize.quantize.recipe import Recipe, WeightFormat
+from galerne.optimize.quantize.recipe import AnyRecipe, WeightFormat
 from galerne.optimize.quantize.rounding import dequantize, pack_int4, quantize, round_to, scales_of
 from galerne.parallel import ordered
 from galerne.runtime.manifest import FileEntry
@@ -121,7 +122,7 @@ def write_weights(
     model: ir.Model,
     weights: list[Weight],
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     path: Path,
     advance: Callable[[int], None],
     threads: int | None = None,
@@ -151,10 +152,16 @@ def write_weights(
 
 
 def _weight(
-    model: ir.Model, weight: Weight, checkpoint: Checkpoint, recipe: Recipe, threads: int | None
+    model: ir.Model, weight: Weight, checkpoint: Checkpoint, recipe: AnyRecipe, threads: int | None
 ) -> Iterator[Callable[[], Piece]]:
     """Yield what makes a weight's pieces, in the file's order, and put the weight into the graph."""
     value, form = model.graph.initializers[weight.name], recipe.format_for(weight.name)
+    if packed := packed_sources(weight, checkpoint):
+        *most, last = packed_initializers(model.graph, value, packed)
+        for initializer, size, make in most:
+            yield partial(_piece, make, (initializer, size))
+        yield partial(_piece, last[2], last[:2], weight)
+        return
     sources = Sources(checkpoint, weight)
     if weight.role == "linear" and form.bits is not None:
         yield from _quantized(model, value, sources, form, FloatTypes[recipe.compute], threads)
@@ -175,7 +182,8 @@ def _quantized(
     (rows, columns), bits = weight.shape, form.bits
     assert bits is not None
     block = form.block_for(rows, weight.name)
-    values, scale = insert_dequantize(model.graph, value, bits, block, compute)
+    stored, groups = (ir.DataType.INT4, block) if bits == 4 else (ir.DataType.INT8, None)
+    values, scale = insert_dequantize(model.graph, value, stored, groups, compute)
     scales = np.empty((rows // block, columns), np.float16)
     if bits == 8:  # one scale for a whole row of the source, so that it must be known before the first band
         parts = sources.parts(_TILE // rows or 1)
@@ -264,7 +272,7 @@ def _tile_rows(height: int) -> int:
     return _TILE // height // _TILE_ROWS * _TILE_ROWS or _TILE_ROWS
 
 
-def rounded_like(tensor: torch.Tensor, name: str, recipe: Recipe) -> torch.Tensor:
+def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe) -> torch.Tensor:
     """Return a checkpoint's tensor as the recipe stores it, widened again, for a PyTorch model that must match a bundle.
 
     Args:

@@ -2,7 +2,8 @@
 
 from galerne.runtime.manifest import Manifest, ModelFacts
 
-_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+_FLOATS = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+_QUANTIZED = {"int8": 1.0, "uint8": 1.0, "int4": 0.5, "uint4": 0.5, "float8e4m3fn": 1.0}
 _SCALE_BYTES = 2
 
 
@@ -34,8 +35,8 @@ def seen_cache_bytes(model: ModelFacts, length: int, bytes_per_value: int) -> in
 
 def _linear_bytes(rows: int, columns: int, form: dict[str, object]) -> float:
     dtype, block = str(form["dtype"]), form.get("block_size")
-    weights = rows * columns * _BYTES[dtype]
-    if dtype == "int4":
-        assert isinstance(block, int)
-        return weights + rows // block * columns * _SCALE_BYTES
-    return weights + (columns * _SCALE_BYTES if dtype == "int8" else 0)
+    if dtype in _FLOATS:
+        return rows * columns * _FLOATS[dtype]
+    groups = rows // block if isinstance(block, int) else 1
+    zero_point = _QUANTIZED[dtype] if dtype.startswith("u") else 0
+    return rows * columns * _QUANTIZED[dtype] + groups * columns * (_SCALE_BYTES + zero_point)

@@ -42,7 +42,7 @@ class FileEntry:
 class Source:
     """The checkpoint that a bundle was made from.
 
-    format: "safetensors" or "gguf".
+    format: "safetensors", "consolidated" (Mistral's own layout) or "gguf".
     files: the checkpoint's files by name, weights and config alike.
     """
 

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from galerne.export.checkpoint.packed import PackedTensor
+
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -20,11 +22,13 @@ class Checkpoint(abc.ABC):
     path: the folder, or the file, that was opened.
     format: how the weights are stored.
     config: as Hugging Face's `config.json` reads; what is wrong in it is for the model's family to say.
+    quantization: what quantized the weights, such as "AWQ"; None where they are floats.
     """
 
     path: Path
-    format: Literal["safetensors", "gguf"]
+    format: Literal["safetensors", "gguf", "consolidated"]
     config: dict[str, Any]
+    quantization: str | None = None
 
     @abc.abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -44,6 +48,13 @@ class Checkpoint(abc.ABC):
         Returns: shape `shapes()[name]`, type `dtype(name)`; bfloat16 is `ml_dtypes.bfloat16`.
         Raises: InputError if there is no such tensor, or its stored type is none that Galerne reads.
         """
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """Return a quantized tensor as it is stored; None for one of floats.
+
+        Raises: InputError if there is no such tensor, or it is stored in a way that Galerne cannot keep.
+        """
+        return None
 
     @abc.abstractmethod
     def release(self, name: str) -> None:

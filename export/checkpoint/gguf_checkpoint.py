@@ -16,6 +16,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint, DType, numpy_dtype
 from galerne.export.checkpoint.gguf_config import architecture, compose_config, hugging_face_names
 from galerne.export.checkpoint.gguf_header import TensorInfo, read_header
 from galerne.export.checkpoint.mapped import MappedFile
+from galerne.export.checkpoint.rotary import halves_apart
 
 _NATIVE: dict[GGMLQuantizationType, DType] = {
     GGMLQuantizationType.F32: "float32",
@@ -119,9 +120,7 @@ class GgufCheckpoint(Checkpoint):
         rows = values.shape[0]
         if rows % (2 * heads):
             raise InputError(f"{self.path}: {name}: {rows} rows do not divide into {heads} heads of an even size")
-        # [heads, pairs, 2, ...] -> [heads, 2, pairs, ...]
-        pairs = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(values.shape)
+        return halves_apart(values, heads)
 
     def _unsupported(self, name: str, info: TensorInfo) -> InputError:
         return InputError(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import ml_dtypes
+import numpy as np
 from numpy.typing import NDArray
 
 from galerne.errors import InputError
@@ -21,7 +23,13 @@ _AGAIN = "the file is damaged, download or copy it again"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 _READABLE: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Bits an element takes; of these only _READABLE are handed out, but the sizes of all are checked.
+# What quantized weights are made of, beside floats.
+_STORED: dict[str, np.dtype[Any]] = {
+    **{name: numpy_dtype(dtype) for name, dtype in _READABLE.items()},
+    **{f"{kind}{bits}": np.dtype(f"<{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+# Bits an element takes; of these only _READABLE and _STORED are handed out, but the sizes of all are checked.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -73,6 +81,18 @@ class SafetensorsFile:
         """Return a tensor as a read-only view. Raises: InputError as `dtype` does."""
         entry = self.entries[name]
         return self._file.view(self._start + entry.begin, entry.shape, numpy_dtype(self.dtype(name)))
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """Return a tensor of integers, float8 or floats as a read-only view, for those who know what it stands for.
+
+        Raises: InputError if it is of another type.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in _STORED:
+            raise InputError(
+                f"{self.path}: {name!r}: type {entry.dtype} is not supported; expected {', '.join(_STORED)}"
+            )
+        return self._file.view(self._start + entry.begin, entry.shape, _STORED[entry.dtype])
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from the resident set."""

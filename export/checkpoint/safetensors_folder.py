@@ -38,7 +38,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InputError(
                 f"{path}: no {CONFIG} in it; expected a checkpoint as Hugging Face's save_pretrained writes it"
             )
-        self.config = _read_table(path / CONFIG)
+        self.config = read_table(path / CONFIG)
         self._weights: list[Path] = [path / WEIGHTS]
         if (path / WEIGHTS).is_file():
             file = SafetensorsFile(path / WEIGHTS)
@@ -60,6 +60,18 @@ class SafetensorsCheckpoint(Checkpoint):
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor, always as a view of its file."""
         return self._file(name).read(name)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """Return a tensor of integers, float8 or floats as a view of its file."""
+        return self._file(name).stored(name)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape as it is stored."""
+        return self._file(name).entries[name].shape
+
+    def where(self, name: str) -> str:
+        """Return the file that holds a tensor, for messages."""
+        return str(self._file(name).path)
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from the resident set."""
@@ -92,7 +104,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _open_shards(self) -> dict[str, SafetensorsFile]:
         index = self.path / INDEX
-        weight_map = _read_table(index).get("weight_map")
+        weight_map = read_table(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: expected a table of tensor and shard, found {weight_map!r}")
         shards: dict[str, SafetensorsFile] = {}
@@ -116,7 +128,8 @@ class SafetensorsCheckpoint(Checkpoint):
         return home
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """Return a JSON file's table. Raises: InputError if it is none."""
     try:
         table = json.loads(read_file(path))
     except (ValueError, RecursionError) as exc:

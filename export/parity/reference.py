@@ -16,7 +16,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.cases import Case, Plan
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.parity.tolerances import Tolerance
-from galerne.optimize.quantize.recipe import Recipe
+from galerne.optimize.quantize.recipe import AnyRecipe
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     def __init__(
         self,
         checkpoint: Checkpoint,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         plan: Plan,
         advance: Callable[[], None],
         *,

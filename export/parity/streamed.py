@@ -8,7 +8,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,8 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.checkpoint.lora import AdaptedCheckpoint
+from galerne.export.parity.composed import adapter_products, composed_weights
 from galerne.export.weights import rounded_like
-from galerne.optimize.quantize.recipe import Recipe
+from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.parallel import ordered
 
 # A model whose weights take no more than this in float32 keeps them once they are read.
@@ -55,13 +57,13 @@ class StreamedModel:
                     )
                 names = {self._stored(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
                 if not names <= self._weights.names():
-                    self._weights, _ = _Held.load(checkpoint)
+                    self._weights = _loaded(checkpoint)
                 self._fill_buffers()
         except Exception as exc:
             reason = " ".join(str(exc).split()) or type(exc).__name__
             raise InputError(f"{checkpoint.path}: transformers cannot load it ({reason})") from exc
         self.model.eval()
-        self._rounding: Recipe | None = None
+        self._rounding: AnyRecipe | None = None
         self._kept: dict[str, nn.Parameter] = {}
         self._keep = sum(4 * math.prod(parameter.shape) for parameter in self.model.parameters()) <= _KEEP_BYTES
         for path, module in self.model.named_modules():
@@ -70,12 +72,12 @@ class StreamedModel:
                 module.register_forward_hook(partial(_drop, dict(module._parameters)))
 
     @property
-    def rounding(self) -> Recipe | None:
+    def rounding(self) -> AnyRecipe | None:
         """The recipe that weights are rounded by."""
         return self._rounding
 
     @rounding.setter
-    def rounding(self, recipe: Recipe | None) -> None:
+    def rounding(self, recipe: AnyRecipe | None) -> None:
         self._rounding = recipe
         self._kept.clear()
 
@@ -174,10 +176,10 @@ class _Safetensors:
 
 
 class _Held:
-    """Weights that transformers loaded, all of them in memory."""
+    """Weights that transformers loaded, or that were composed for it, all of them in memory."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._state = model.state_dict()
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
 
     @staticmethod
     def load(checkpoint: Checkpoint) -> tuple["_Held", Any]:
@@ -192,7 +194,7 @@ class _Held:
             local_files_only=True,
             **extra,
         )
-        return _Held(model), model.config
+        return _Held(model.state_dict()), model.config
 
     def names(self) -> set[str]:
         return set(self._state)
@@ -205,7 +207,39 @@ class _Held:
         return rows
 
 
+class _Adapted:
+    """Weights with a LoRA adapter's products added in float32 as they are read."""
+
+    def __init__(self, base: _Weights, checkpoint: AdaptedCheckpoint) -> None:
+        self._base, self._products = base, adapter_products(checkpoint.folder)
+
+    def names(self) -> set[str]:
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        rows = self._base.rows(name, first, last)
+        if name not in self._products:
+            return rows
+        scale, b, a = self._products[name]
+        return rows.float() + scale * (b[first:last] @ a)
+
+
+def _loaded(checkpoint: Checkpoint) -> _Weights:
+    """Return all weights as transformers loads them, for a checkpoint whose names are not those of transformers' class."""
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        return _Adapted(_loaded(checkpoint.base), checkpoint)
+    return _Held.load(checkpoint)[0]
+
+
 def _open(checkpoint: Checkpoint) -> tuple[_Weights, Any]:
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        base, config = _open(checkpoint.base)
+        return _Adapted(base, checkpoint), config
+    if (composed := composed_weights(checkpoint)) is not None:
+        return _Held(composed), AutoConfig.for_model(**checkpoint.config)
     if checkpoint.format == "gguf":
         return _Held.load(checkpoint)
     return _Safetensors(checkpoint), AutoConfig.from_pretrained(str(checkpoint.path.absolute()), local_files_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from galerne.optimize.quantize.recipe import Recipe
+from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.runtime.engines.select import CPU
 
 Arithmetic = Literal["float32", "float16", "int8 activations"]
@@ -87,12 +87,14 @@ TABLE: dict[Arithmetic, Tolerance] = {
 }
 
 
-def arithmetic(recipe: Recipe, engine: str) -> Arithmetic:
+def arithmetic(recipe: AnyRecipe, engine: str) -> Arithmetic:
     """Return what a bundle of a recipe computes with in an engine.
 
     The reference's weights are rounded as the recipe rounds them, so what is left is the arithmetic's own error: the `cpu`
     engine widens floats to float32 and multiplies quantized weights with activations rounded to int8.
     """
     if engine == CPU:
+        if recipe.weights.dtype == "float8e4m3fn":  # widened, and rounded to float16 in the reference only
+            return "float16"
         return "float32" if recipe.weights.bits is None and recipe.lm_head.bits is None else "int8 activations"
     return "float32" if recipe.compute == "float32" else "float16"

@@ -6,7 +6,6 @@ import numpy as np
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
-from galerne import schema
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.candidate import CandidateRunner
@@ -17,7 +16,7 @@ from galerne.export.parity.report import AgainstSource, Report
 from galerne.export.parity.streamed import source_window
 from galerne.export.parity.tolerances import TABLE, arithmetic
 from galerne.files import sha256_file
-from galerne.optimize.quantize.recipe import Recipe
+from galerne.optimize.quantize.recipe import read_resolved
 from galerne.progress import Task, step
 from galerne.runtime.bundle import MANIFEST, Bundle
 from galerne.runtime.engines.select import PORTABLE
@@ -38,7 +37,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     with step("check hashes"):
         check_source(bundle, checkpoint)
         bundle.verify_hashes()
-    recipe = schema.read(Recipe, bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
+    recipe = read_resolved(bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
     row = arithmetic(recipe, engine)
     tolerance = TABLE[row]
     plan = make_plan(bundle.manifest, source_window(checkpoint), greedy=tolerance.greedy)

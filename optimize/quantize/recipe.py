@@ -20,19 +20,30 @@ _ROUTER = ".gate.weight"
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """How a product's weight is stored.
+class StoredFormat:
+    """How a product's weight is stored, by whoever quantized it.
+
+    block_size: how many weights along the input axis share a scale; None for floats and for one scale for an output channel.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4", "float8e4m3fn"]
+    block_size: int | None = None
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized weight; None for a float of 16 or 32 bits."""
+        return {"int8": 8, "int4": 4, "uint8": 8, "uint4": 4, "float8e4m3fn": 8}.get(self.dtype)
+
+
+@dataclass(frozen=True)
+class WeightFormat(StoredFormat):
+    """How a recipe stores a product's weight.
 
     block_size: int4 only: how many weights along the input axis share a scale. int8 has one scale for an output channel.
     """
 
     dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"]
     block_size: Literal[128, 64, 32] | None = None
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of a quantized weight; None for a float."""
-        return {"int8": 8, "int4": 4}.get(self.dtype)
 
     def block_for(self, in_features: int, name: str) -> int:
         """Return how many weights along the input axis share a scale.
@@ -75,6 +86,39 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as its TOML file reads, for the manifest."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """What stands in place of a recipe where the checkpoint was quantized before: its weights are kept as they are.
+
+    compute: as in a recipe; what the checkpoint has not quantized is stored in it.
+    weights, lm_head: what most of the weights, and the vocabulary projection, are stored in.
+    """
+
+    description: str
+    compute: FloatType
+    weights: StoredFormat
+    lm_head: StoredFormat
+    method: Literal["checkpoint"] = "checkpoint"
+
+    def format_for(self, weight: str) -> WeightFormat:
+        """Return the format of a linear weight that the checkpoint has not quantized."""
+        return WeightFormat(self.compute)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe for the manifest."""
+        return dataclasses.asdict(self)
+
+
+AnyRecipe = Recipe | CheckpointRecipe
+
+
+def read_resolved(tree: dict[str, Any], where: str) -> AnyRecipe:
+    """Read the recipe of a manifest. Raises: InputError if a key is missing, unknown or of the wrong type."""
+    if "method" in tree:
+        return schema.read(CheckpointRecipe, tree, where)
+    return schema.read(Recipe, tree, where)
 
 
 def names() -> list[str]:

@@ -1,0 +1,74 @@
+"""Which recipe a checkpoint goes by: the caller's, or what it was quantized to before."""
+
+from collections import Counter
+from typing import Any, cast
+
+from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.checkpoint.packed import PackedTensor
+from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
+from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
+
+_HEAD = "lm_head.weight"
+
+
+def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | None) -> AnyRecipe:
+    """Return the recipe for a checkpoint: what it was quantized to, or else what was asked for, or else fp16.
+
+    Raises: InputError if both were asked for, there is no such recipe, or the checkpoint is quantized and one was asked for.
+    """
+    if precision is not None and recipe is not None:
+        raise InputError("--precision and --recipe: give one of them")
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        if precision is not None or recipe is not None:
+            asked = f"--precision {precision}" if precision is not None else f"--recipe {recipe}"
+            raise InputError(
+                f"{checkpoint.path}: quantized already with {checkpoint.quantization}, and kept as it is; leave {asked} out"
+            )
+        return checkpoint_recipe(checkpoint)
+    return load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: AnyRecipe) -> None:
+    """Raises: InputError if the recipe would round weights that were rounded before, or keep what is not there."""
+    if (checkpoint.quantization is not None) != isinstance(recipe, CheckpointRecipe):
+        raise InputError(
+            f"{checkpoint.path}: {checkpoint.quantization or 'not quantized'}: the recipe is for another checkpoint"
+        )
+
+
+def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
+    """Return the recipe that keeps a checkpoint's weights as they are. What is not quantized goes into float16.
+
+    Every scale and zero point is read, so what cannot be kept shows before anything is written.
+
+    Raises: InputError if a weight is stored in a way that cannot be kept.
+    """
+    forms: Counter[StoredFormat] = Counter()
+    head = StoredFormat("float16")
+    for name in checkpoint.parts:
+        packed = checkpoint.packed(name)
+        assert packed is not None
+        form = stored_format(packed)
+        if name == _HEAD:
+            head = form
+        else:
+            forms[form] += packed.shape[0] * packed.shape[1]
+        checkpoint.release(name)
+    if not forms:
+        raise InputError(
+            f"{checkpoint.path}: no weight of a layer is quantized, but config.json says {checkpoint.quantization}"
+        )
+    weights = forms.most_common(1)[0][0]
+    where = f"in blocks of {weights.block_size}" if weights.block_size else "by output channel"
+    parts = [f"{weights.dtype} {where}", *(["some otherwise"] if len(forms) > 1 else []), "the rest float16"]
+    note = f"; {checkpoint.note}" if checkpoint.note else ""
+    return CheckpointRecipe(
+        f"as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}", "float16", weights, head
+    )
+
+
+def stored_format(packed: PackedTensor) -> StoredFormat:
+    """Return what a weight is stored in: unsigned where it has zero points."""
+    dtype = packed.kind if packed.zero_points is None else f"u{packed.kind}"
+    return StoredFormat(cast(Any, dtype), packed.block)
