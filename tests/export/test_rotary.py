@@ -60,7 +60,7 @@ def test_scaled_frequencies_are_those_of_transformers(kind: str, theta: float, n
 def test_longrope_of_phi_4_mini() -> None:
     rng = random.Random(0)
     factors = {kind: [rng.uniform(1, 60) for _ in range(48)] for kind in ("short_factor", "long_factor")}
-    saved = {
+    saved: dict[str, Any] = {
         "hidden_size": 3072,
         "num_attention_heads": 24,
         "max_position_embeddings": 131072,
