@@ -73,4 +73,5 @@ class Mixture(nn.Module):
             weight = torch.where(indices == number, best, 0.0).sum(dim=-1, keepdim=True)  # [B, S, 1]
             part = expert(x)
             parts.append(part * weight.to(part.dtype))
-        return functools.reduce(torch.add, parts)
+        total: Tensor = functools.reduce(torch.add, parts)
+        return total

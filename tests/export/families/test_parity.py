@@ -16,8 +16,11 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.parity.verify import verify
+from galerne.optimize.builders.tensorrt_rtx import build_tensorrt_rtx
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.manifest import Dialect
+from galerne.targets.target import load
 
 Settings = dict[str, Any]
 Draw = Callable[[random.Random], Settings]
@@ -166,9 +169,9 @@ def save(folder: Path, family: str, seed: int) -> Path:
     return folder
 
 
-def check(folder: Path, family: str, seed: int, chunk: int, name: str = "fp32") -> Bundle:
+def check(folder: Path, family: str, seed: int, chunk: int, name: str = "fp32", dialect: Dialect = "opset24") -> Bundle:
     checkpoint = open_checkpoint(save(folder / "checkpoint", family, seed))
-    bundle = export(checkpoint, recipe.load(name), folder / "bundle", chunk=chunk)
+    bundle = export(checkpoint, recipe.load(name), folder / "bundle", chunk=chunk, dialect=dialect)
     report = verify(bundle, checkpoint)
     assert report.passed, [case for case in report.cases if not case.passed]
     windows = [window for window in bundle.manifest.model.layer_windows if window is not None]
@@ -201,6 +204,23 @@ def test_other_shapes_match_their_source(tmp_path: Path, family: str, seed: int)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_recipes_match_their_source(tmp_path: Path, family: str, name: str) -> None:
     check(tmp_path, family, seed=3, chunk=9, name=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_primitive_dialect_matches_too(tmp_path: Path, family: str) -> None:
+    check(tmp_path, family, seed=5, chunk=11, dialect="primitive")
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensorrt_rtx_builds_it_ahead_of_time(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="lacks tensorrt-rtx-cu13")
+    checkpoint = open_checkpoint(save(tmp_path / "checkpoint", family, seed=0))
+    bundle = export(checkpoint, recipe.load("fp16"), tmp_path / "bundle", chunk=16)
+    record = build_tensorrt_rtx(bundle, load("rtx-4090"), tmp_path)
+    assert record.compute_capability == "8.9"
 
 
 def test_biases_are_fused_as_their_weights_are(tmp_path: Path) -> None:
