@@ -1,6 +1,5 @@
 """Sequences that are fed together, and the one loop that feeds them."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,8 @@ class Rows:
     def __init__(self, model: "Model", ring: Ring) -> None:
         self.model, self.ring, self.exclusive = model, ring, Exclusive("the sequence")
         self._windows = layer_kinds(model.facts.layer_windows)[0]
-        self._cancel, self._closed = threading.Event(), False
+        # A plain flag and no Event: a signal's handler may set it while this very thread looks at it.
+        self._cancelled, self._closed = False, False
         self.cache = model.engine.new_cache(len(ring.positions), ring.capacities)
 
     @property
@@ -110,8 +110,8 @@ class Rows:
             ring.check_room(lengths)
             done = np.zeros_like(lengths)
             while (done < lengths).any():
-                if self._cancel.is_set():
-                    self._cancel.clear()
+                if self._cancelled:
+                    self._cancelled = False
                     raise Cancelled(f"cancelled: {done.sum()} of {lengths.sum()} new tokens were fed")
                 wanted = int((lengths - done).max())
                 self._grow(min(wanted, self.model.graph.chunk))
@@ -133,7 +133,7 @@ class Rows:
 
         The feeding thread gets `Cancelled`, once; after that the rows can be fed again.
         """
-        self._cancel.set()
+        self._cancelled = True
 
     def fork(self) -> "Rows":
         """Return rows of the same contents that go on by themselves. Raises: BusyError; InputError if closed."""

@@ -48,6 +48,26 @@ def test_a_thousand_models_leave_nothing(bundle_of: Bundles) -> None:
     assert grows(bundle_of("fp32"), 1000) < 0.01
 
 
+def test_close_releases_memory_though_model_and_session_are_held(heavy_bundle: Bundle) -> None:
+    held: list[object] = []
+
+    def growth(count: int, *, close: bool) -> float:
+        before = rss()
+        for _ in range(count):
+            model = Model.open(heavy_bundle.path, threads=1)
+            session = model.session()
+            session.append([1] * 200)
+            if close:
+                model.close()
+            held.append((model, session))
+        return (rss() - before) / count
+
+    growth(10, close=True)  # warm up
+    closed, opened = growth(10, close=True), growth(10, close=False)
+    assert opened > 10e6
+    assert closed < 2e6
+
+
 def test_memory_of_sessions_goes_with_them(bundle_of: Bundles) -> None:
     """Without `close` too, as soon as nobody holds them; forks and cancelled ones likewise."""
     model = Model.open(bundle_of("fp32").path)
