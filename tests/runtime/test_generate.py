@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,7 +209,12 @@ def test_speculation_takes_fewer_runs_where_the_text_repeats(
     prompt = Tokenizer.open(model.bundle).encode("The harbour is quiet. The boats are in. " * 4)
     runs: list[int] = []
     run = model.engine.run
-    monkeypatch.setattr(model.engine, "run", lambda *args: runs.append(args[1].shape[1]) or run(*args))
+
+    def counted(*args: Any) -> Any:
+        runs.append(args[1].shape[1])
+        return run(*args)
+
+    monkeypatch.setattr(model.engine, "run", counted)
     plain = generate(model, [prompt], 150)
     count = len(runs)
     assert generate(model, [prompt], 150, speculate=8) == plain
