@@ -157,10 +157,9 @@ def _weight(
     """Yield what makes a weight's pieces, in the file's order, and put the weight into the graph."""
     value, form = model.graph.initializers[weight.name], recipe.format_for(weight.name)
     if packed := packed_sources(weight, checkpoint):
-        *most, last = packed_initializers(model.graph, value, packed)
-        for initializer, size, make in most:
-            yield partial(_piece, make, (initializer, size))
-        yield partial(_piece, last[2], last[:2], weight)
+        for initializer, size, data in packed_initializers(model.graph, value, packed):
+            yield partial(_piece, data, (initializer, size))
+        yield partial(_piece, partial(np.empty, 0, np.uint8), ends=weight)
         return
     sources = Sources(checkpoint, weight)
     if weight.role == "linear" and form.bits is not None:

@@ -117,7 +117,12 @@ def test_awq(make_awq: Maker, tmp_path: Path, group: int) -> None:
 def test_awq_of_a_family_with_biases(make_awq: Maker, tmp_path: Path) -> None:
     """Qwen2's biases stay floats beside the packed weights."""
     torch.manual_seed(0)
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = Qwen2Config(**settings, num_key_value_heads=2, vocab_size=128, max_position_embeddings=128)
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
