@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
+from galerne.export.parity.tolerances import TABLE
 from galerne.optimize.quantize import recipe
-from galerne.runtime.bundle import Bundle
-from galerne.runtime.generate import Generation, TextGeneration
+from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
 from galerne.runtime.tokenizer import Tokenizer
 
@@ -29,27 +30,23 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(package.assemble(tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf"))
 
 
-def bundle_of(path: Path, name: str, out: Path) -> Bundle:
-    return export(open_checkpoint(path), recipe.load(name), out / name, max_context=2048)
-
-
-@pytest.mark.parametrize("name", ["fp16", "int4-rtn"])
-def test_it_knows_the_capital_of_france(gemma: Path, tmp_path: Path, name: str) -> None:
-    bundle = bundle_of(gemma, name, tmp_path)
-    tokenizer = Tokenizer.open(bundle)
-    generation = Generation(Model.open(bundle.path), [tokenizer.encode("The capital of France is")], max_new_tokens=8)
-    assert "Paris" in "".join(TextGeneration(generation, tokenizer))
-
-
-def test_tokens_past_the_window_are_those_of_transformers(gemma: Path, tmp_path: Path) -> None:
-    bundle = bundle_of(gemma, "fp32", tmp_path)
-    windows = bundle.manifest.model.layer_windows
-    assert windows == ((WINDOW,) * 5 + (None,)) * 3
-    prompt = Tokenizer.open(bundle).encode(STORY * 50)
-    assert len(prompt) > WINDOW + bundle.manifest.graph.chunk
+def test_it_computes_what_transformers_computes_past_the_window(gemma: Path, tmp_path: Path) -> None:
+    """In float32 the tokens are the same; in float16 the logits are as close as its rounding allows."""
     reference = AutoModelForCausalLM.from_pretrained(gemma.parent, gguf_file=gemma.name, dtype=torch.float32)
-    with torch.no_grad():
-        out = reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
-    generation = Generation(Model.open(bundle.path), [prompt], max_new_tokens=40, ignore_eos=True)
-    list(generation)
-    assert generation.outputs[0].ids == out[0, len(prompt) :].tolist()
+    prompt: list[int] = []
+    wanted = np.zeros(0, np.float32)
+    for name in ("fp32", "fp16"):
+        bundle = export(open_checkpoint(gemma), recipe.load(name), tmp_path / name, max_context=2048)
+        assert bundle.manifest.model.layer_windows == ((WINDOW,) * 5 + (None,)) * 3
+        if not prompt:
+            prompt = Tokenizer.open(bundle).encode(STORY * 64)
+            assert len(prompt) > WINDOW + bundle.manifest.graph.chunk  # a windowed layer's ring wraps
+            with torch.no_grad():
+                out = reference.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+                wanted = reference(torch.tensor([prompt])).logits[0, -1].numpy()
+            generation = Generation(Model.open(bundle.path), [prompt], max_new_tokens=24, ignore_eos=True)
+            list(generation)
+            assert generation.outputs[0].ids == out[0, len(prompt) :].tolist()
+        logits = Model.open(bundle.path).rows().feed([prompt])[0]
+        limits = TABLE["float32" if name == "fp32" else "float16"].limits(float(wanted.std()))
+        assert np.abs(logits - wanted).max() <= limits.max_abs
