@@ -37,20 +37,13 @@ def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
         group_heads(model, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
         single_token(model)
         ir.save(model, lowered)
-        options = session_options(exact=False, threads=None)
-        options.optimized_model_filepath = str(folder / ENGINE_GRAPH)
-        for key, setting in (
-            ("session.save_external_prepacked_constant_initializers", "1"),
-            ("session.optimized_model_external_initializers_file_name", ENGINE_WEIGHTS),
-            ("session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)),
-        ):
-            options.add_session_config_entry(key, setting)
-        try:
-            ort.InferenceSession(str(lowered), options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(
-                f"{bundle.path}: ONNX Runtime {ort.__version__} cannot optimize it: {one_line(exc)}"
-            ) from exc
+        del model
+        # Two sessions, so that memory never holds the weights twice: one rewrites the graph, and the next maps what that one
+        # wrote and packs it.
+        optimized = Path(scratch) / ENGINE_GRAPH
+        _save_optimized(bundle, lowered, optimized, pack=False)
+        lowered.with_name(WEIGHTS).unlink()
+        _save_optimized(bundle, optimized, folder / ENGINE_GRAPH, pack=True)
     return EngineRecord(
         schema_version=SCHEMA_VERSION,
         target=target.name,
@@ -64,3 +57,22 @@ def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
         parity=parity_of(bundle),
         options={"lowerings": ["widen", "group_heads", "single_token"]},
     )
+
+
+def _save_optimized(bundle: Bundle, graph: Path, out: Path, *, pack: bool) -> None:
+    """Let ONNX Runtime optimize a graph and save it with its weights beside it, as they are or packed for its kernels."""
+    options = session_options(exact=False, threads=None)
+    options.optimized_model_filepath = str(out)
+    for key, setting in (
+        ("session.disable_prepacking", "0" if pack else "1"),
+        ("session.save_external_prepacked_constant_initializers", "1" if pack else "0"),
+        ("session.optimized_model_external_initializers_file_name", ENGINE_WEIGHTS),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", str(_EXTERNAL_FROM_BYTES)),
+    ):
+        options.add_session_config_entry(key, setting)
+    try:
+        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # onnxruntime's errors share no base class of their own
+        raise BackendError(
+            f"{bundle.path}: ONNX Runtime {ort.__version__} cannot optimize it: {one_line(exc)}"
+        ) from exc

@@ -13,6 +13,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from galerne.export.export import export
 from galerne.export.families.registry import read_spec
+from galerne.export.parity import cases
 from galerne.export.parity.verify import verify
 from galerne.export.reader import ConfigReader
 from galerne.export.rotary import read_rotary
@@ -68,6 +69,19 @@ def test_wrong_window(
     # Prompts inside of both windows cannot tell, which is how this fault ships.
     assert "prompt of 15" not in failed
     assert {"prompt of 17", "prompt of 32", "prompt of 67", "uneven chunks", "token by token"} <= failed
+
+
+@pytest.mark.parametrize("window", [WINDOW, WINDOW - 1, WINDOW + 1, None])
+def test_few_tokens_of_a_large_model_show_a_wrong_window(
+    mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(cases, "_MOST_WORK", 0)
+    faulty_spec(sliding_window=window)
+    failed = _failed(export(mistral, recipe.load("int4-rtn"), tmp_path / "bundle", chunk=CHUNK), mistral)
+    if window == WINDOW:
+        assert not failed
+    else:
+        assert {"step by step across window and ring", "chunks across window and ring"} <= failed
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
