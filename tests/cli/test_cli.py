@@ -95,7 +95,11 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert generated.json["engine"] == "cpu"
     assert generated.json["prompt_ids"] == [1, 2, 3]
     assert len(generated.json["output_ids"]) <= 5
-    assert generated.json["timings"].keys() == {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    rates = {"load_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    assert generated.json["timings"].keys() == {*rates, "drafted_tokens"}
+    ids = ("--prompt-ids", "1,2,3,1,2,3", "--max-new-tokens", 9, "--json")
+    plain, speculated = Ran("generate", out, *ids), Ran("generate", out, *ids, "--speculate", 4)
+    assert speculated.json["output_ids"] == plain.json["output_ids"]
     shown = Ran("inspect", out, "--json")
     assert shown.json["hashes_hold"] is True
     assert shown.json["model"]["layer_windows"] == [16, 16]
