@@ -103,7 +103,7 @@ def test_twenty_thousand_tokens_past_the_window(example: Examples) -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", ["fp16", "int4-rtn"])
-@pytest.mark.parametrize("model", ["tiny-mistral", "smollm2"])
+@pytest.mark.parametrize("model", ["tiny-mistral", pytest.param("smollm2", marks=pytest.mark.slow)])
 def test_tensorrt_rtx_builds_ahead_of_time(example: Examples, model: str, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="lacks tensorrt-rtx-cu13")
     built = build(example(model, name), target.load("rtx-4090"))

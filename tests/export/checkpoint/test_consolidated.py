@@ -82,7 +82,11 @@ def test_same_weights_as_the_hugging_face_files(
         assert made.manifest.source.format == "consolidated"
         assert set(made.manifest.source.files) == {"params.json", "consolidated.safetensors"}
         assert made.manifest.model.layer_windows == (16, 16)
-    report = verify(Bundle.open(tmp_path / "int4-rtn"), open_checkpoint(folder))
+
+
+@pytest.mark.slow  # the weights are those of a bundle that other tests verify
+def test_parity_of_the_layout(folder: Path, tmp_path: Path) -> None:
+    report = verify(export(open_checkpoint(folder), recipe.load("int4-rtn"), tmp_path / "b"), open_checkpoint(folder))
     assert report.passed, [case for case in report.cases if not case.passed]
 
 

@@ -20,6 +20,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_real_tensors_equal_transformers(smollm2: Path) -> None:
     checkpoint = open_checkpoint(smollm2)
     state = load(smollm2)

@@ -76,7 +76,7 @@ def test_few_tokens_of_a_large_model_show_a_wrong_window(
     mistral: Checkpoint, tmp_path: Path, faulty_spec: FaultySpec, monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
     monkeypatch.setattr(cases, "_MOST_WORK", 0)
-    faulty_spec(sliding_window=window)
+    faulty_spec(layer_windows=(window,) * 2)
     failed = _failed(export(mistral, recipe.load("int4-rtn"), tmp_path / "bundle", chunk=CHUNK), mistral)
     if window == WINDOW:
         assert not failed
