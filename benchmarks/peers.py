@@ -104,6 +104,7 @@ def main() -> int:
         metavar="S",
         help="wait up to S seconds for a run that nothing else disturbs",
     )
+    parser.add_argument("--only", nargs="*", default=[], metavar="PEER", help="the peers to run; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
     args = parser.parse_args()
     for option in ("rounds", "prompt", "decode", "threads"):
@@ -111,6 +112,7 @@ def main() -> int:
             parser.error(f"--{option}: expected at least 1, found {getattr(args, option)}")
     try:
         tools = prepare(args.work.resolve(), args.peers_python.absolute())
+        tools = [tool for tool in tools if not args.only or tool.name in (GALERNE, *args.only)]
         rounds = run_rounds(
             tools, args.rounds, args.patience, prompt=args.prompt, decode=args.decode, threads=args.threads
         )
