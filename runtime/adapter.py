@@ -61,7 +61,7 @@ def load_adapter(bundle: Bundle, path: Path, dtype: npt.DTypeLike) -> Adapter:
     products = folder.products(
         shapes, bundle.path, f"no adapter slot for it in {bundle.path}; is it the adapter's base?"
     )
-    inputs = {}
+    inputs: dict[str, Array] = {}
     for name, slot in slots.items():
         if found := [module for module in slot.modules if module in products]:
             a, b = _side_by_side(folder, slot, {module: products[module] for module in found}, np.dtype(dtype))

@@ -40,9 +40,10 @@ def add_adapter_slots(
 def _add(graph: ir.Graph, weight: ir.Value, slot: str, shape: Sequence[int]) -> None:
     assert weight.dtype is not None
     rank, (rows, columns) = f"adapter_rank.{slot}", shape
+    shapes = ir.Shape([rows, rank]), ir.Shape([rank, columns])
     a, b = (
-        ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(weight.dtype))
-        for name, sizes in zip(adapter_input_names(slot), ([rows, rank], [rank, columns]), strict=True)
+        ir.Value(name=name, shape=sizes, type=ir.TensorType(weight.dtype))
+        for name, sizes in zip(adapter_input_names(slot), shapes, strict=True)
     )
     graph.inputs.extend([a, b])
     for product, _ in tuple(weight.uses()):

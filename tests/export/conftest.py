@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 
 @dataclass
@@ -270,28 +269,3 @@ def make_compressed(checkpoint_folder: Path) -> Maker:
         return rewrite(checkpoint_folder, folder, settings | config, layout)
 
     return make
-
-
-Adapt = Callable[..., dict[str, Tensor]]
-
-
-@pytest.fixture(scope="session")
-def adapt() -> Adapt:
-    """Save a random adapter of a checkpoint by peft; return the weights that peft merges, float32."""
-    peft = pytest.importorskip("peft", reason="peft, which makes and merges the adapters, is not installed")
-    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
-
-    def save(
-        base: Path, folder: Path, *, embeddings: bool = False, seed: int = 1, **settings: Any
-    ) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets} | settings)
-        adapted = peft.get_peft_model(model, config)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "bias" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        adapted.save_pretrained(folder, save_embedding_layers=embeddings)
-        return {name: tensor.detach() for name, tensor in adapted.merge_and_unload().named_parameters()}
-
-    return save
