@@ -214,6 +214,8 @@ def test_an_adapter_at_run_time(adapt: Adapt, checkpoint_folder: Path, tmp_path:
         assert ran.status == 0, ran.err
         return ran.json["output_ids"]
 
+    for more in ([], ["--adapter", tmp_path / "adapter"]):
+        assert Ran("verify", tmp_path / "slots", "--source", checkpoint_folder, *more).status == 0
     adapted = generated("slots", "--adapter", tmp_path / "adapter")
     assert adapted == generated("merged") != generated("slots")
     refused = Ran("generate", tmp_path / "merged", "--prompt-ids", "1", "--adapter", tmp_path / "adapter")

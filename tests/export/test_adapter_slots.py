@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
+from galerne.export.parity.candidate import CandidateRunner
+from galerne.export.parity.verify import verify
 from galerne.export.prequantized import choose_recipe
 from galerne.optimize.builders.build import build
 from galerne.optimize.quantize import recipe
@@ -146,6 +148,25 @@ def test_on_weights_that_were_quantized_before(
     assert np.abs(got - wanted).max() < 0.03
     assert np.abs(logits(model, None) - torch_logits(checkpoint_folder, awq.weights)).max() < 0.03
     assert np.abs(wanted - torch_logits(checkpoint_folder, awq.weights)).max() > 0.5
+
+
+@pytest.mark.parametrize(("name", "engine"), [("fp16", "portable"), ("int4-rtn", "portable"), ("int4-rtn", "cpu")])
+def test_is_verified_like_a_bundle(
+    name: str, engine: str, slotted: Slotted, adapt: Adapt, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    """Against transformers with the products beside the rounded weights; without the adapter on one side it fails."""
+    adapt(checkpoint_folder, tmp_path / "adapter")
+    source = open_checkpoint(checkpoint_folder)
+    report = verify(slotted(name), source, engine=engine, adapter=tmp_path / "adapter")
+    assert report.passed, [case for case in report.cases if not case.passed]
+
+
+def test_an_adapter_left_out_is_found(
+    slotted: Slotted, adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt(checkpoint_folder, tmp_path / "adapter")
+    monkeypatch.setattr(CandidateRunner, "_adapter", property(lambda self: None, lambda self, _: None), raising=False)
+    assert not verify(slotted("fp16"), open_checkpoint(checkpoint_folder), adapter=tmp_path / "adapter").passed
 
 
 def test_a_bfloat16_file(slotted: Slotted, adapt: Adapt, checkpoint_folder: Path, tmp_path: Path) -> None:
