@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from galerne.cli.output import BundlePath, Json, Threads, emit
+from galerne.cli.output import BundlePath, Json, RunAdapter, Threads, emit
 from galerne.errors import InputError
 from galerne.progress import say
 
@@ -36,10 +36,7 @@ def generate(
     engine: Annotated[
         str | None, typer.Option(help='"portable" or an engine; by default the `cpu` engine if there is one.')
     ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A LoRA adapter, as peft saves it, for a bundle with --adapter-slots."),
-    ] = None,
+    adapter: RunAdapter = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -218,6 +218,8 @@ def test_an_adapter_at_run_time(adapt: Adapt, checkpoint_folder: Path, tmp_path:
         assert Ran("verify", tmp_path / "slots", "--source", checkpoint_folder, *more).status == 0
     adapted = generated("slots", "--adapter", tmp_path / "adapter")
     assert adapted == generated("merged") != generated("slots")
+    sizes = ["--prompt-tokens", 20, "--decode-tokens", 3]
+    assert Ran("bench", tmp_path / "slots", *sizes, "--adapter", tmp_path / "adapter").status == 0
     refused = Ran("generate", tmp_path / "merged", "--prompt-ids", "1", "--adapter", tmp_path / "adapter")
     assert (refused.status, refused.err.count("\n")) == (2, 1)
     assert "has no adapter slots; export it with --adapter-slots" in refused.err
