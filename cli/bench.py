@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from galerne.cli.output import BundlePath, Json, Threads, emit, size
+from galerne.cli.output import BundlePath, Json, RunAdapter, Threads, emit, size
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +18,7 @@ def bench(
     engine: Annotated[str | None, typer.Option(help="The engine; by default the one that `generate` takes.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     decode_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.", min=1)] = 40,
+    adapter: RunAdapter = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -25,7 +26,13 @@ def bench(
     from galerne.runtime.bench import bench as run
     from galerne.runtime.model import Model
 
-    result = run(Model.open(bundle, engine, threads=threads), prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
+    model = Model.open(bundle, engine, threads=threads)
+    result = run(
+        model,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        adapter=None if adapter is None else model.load_adapter(adapter),
+    )
     share = result.decode_tokens_per_s / result.bound_tokens_per_s
     text = (
         f"engine   {result.engine}\n"

@@ -37,6 +37,9 @@ def export(
         Dialect, typer.Option(help="The graph's operators: ONNX's newest, or basic ones only, for an older stack.")
     ] = "opset24",
     adapter: Adapter = None,
+    adapter_slots: Annotated[
+        bool, typer.Option("--adapter-slots", help="Let LoRA adapters be chosen at run time: `generate --adapter`.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle: trace on the meta device, then stream the weights."""
@@ -53,6 +56,7 @@ def export(
         chunk=DEFAULT_CHUNK if chunk is None else chunk,
         max_context=max_context,
         dialect=dialect,
+        adapter_slots=adapter_slots,
     )
     total = sum(entry.size for entry in bundle.manifest.files.values())
     graph = bundle.manifest.graph

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from galerne.cli.output import BundlePath, Json, Threads, emit
+from galerne.cli.output import BundlePath, Json, RunAdapter, Threads, emit
 from galerne.errors import InputError
 from galerne.progress import say
 
@@ -36,6 +36,7 @@ def generate(
     engine: Annotated[
         str | None, typer.Option(help='"portable" or an engine; by default the `cpu` engine if there is one.')
     ] = None,
+    adapter: RunAdapter = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -54,7 +55,14 @@ def generate(
     if stop and not has_tokenizer:
         raise InputError(f"{bundle}: --stop needs a tokenizer, and the bundle has none")
     ids = prompt_tokens(model.bundle, given)
-    generation = Generation(model, [ids], max_new_tokens=max_new_tokens, sampling=sampling, speculate=speculate)
+    generation = Generation(
+        model,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        speculate=speculate,
+        adapter=None if adapter is None else model.load_adapter(adapter),
+    )
     text = None
     if has_tokenizer:
         writer = TextGeneration(generation, Tokenizer.open(model.bundle), stop or ())

@@ -33,6 +33,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
         ["graph", f"{graph.dialect}, ONNX opset {graph.opset}"],
         ["ring", f"{' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk}, {graph.compute_type}"],
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
+        ["adapters", f"{len(graph.adapter_slots)} slots" if graph.adapter_slots else "no slots"],
         ["recipe", str(manifest.recipe["description"])],
         ["parity", ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items()) or "not verified yet"],
         ["engines", ", ".join(opened.engines()) or "none; the portable graph runs"],

@@ -19,6 +19,14 @@ Adapter = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter, as peft saves it, merged into the checkpoint."),
 ]
+RunAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A LoRA adapter, as peft saves it, for a bundle exported with --adapter-slots.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; one for each core by default.", min=1)]
 
 

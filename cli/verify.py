@@ -29,11 +29,16 @@ def verify(
     from galerne.export.parity.report import html as to_html
     from galerne.export.parity.verify import verify as run
     from galerne.runtime.bundle import Bundle
+    from galerne.runtime.lora import CONFIG
 
     opened = Bundle.open(bundle)
+    # With slots for adapters, and none merged into it, the bundle shall run with this one.
+    chosen = adapter if opened.manifest.graph.adapter_slots and CONFIG not in opened.manifest.source.files else None
     with step(f"verify {engine}"):
-        report = run(opened, open_checkpoint(source, adapter), engine=engine)
-    opened.with_verdict(engine, report.to_json(), report.passed)
+        checkpoint = open_checkpoint(source, None if chosen else adapter)
+        report = run(opened, checkpoint, engine=engine, adapter=chosen)
+    if chosen is None:  # the manifest's verdict is on the bundle, whatever adapter comes
+        opened.with_verdict(engine, report.to_json(), report.passed)
     if html is not None:
         html.write_text(to_html(report), encoding="utf-8")
     rows = [["case", "tokens", "max abs", "mean KL", "top-1", "passed"]]

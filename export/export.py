@@ -1,5 +1,6 @@
 """The way from a checkpoint to a bundle."""
 
+import dataclasses
 import importlib.metadata
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from galerne.export.spec import DecoderSpec
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
 from galerne.files import staged_folder
+from galerne.optimize.graph.adapter_slots import add_adapter_slots
 from galerne.optimize.graph.clean import clean
 from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
@@ -43,6 +45,7 @@ def export(
     max_context: int | None = None,
     dialect: Dialect = "opset24",
     threads: int | None = None,
+    adapter_slots: bool = False,
 ) -> Bundle:
     """Write a bundle: trace on the meta device, then stream the weights.
 
@@ -55,6 +58,7 @@ def export(
             made for; with one the default is no limit.
         dialect: how the graph spells its operators.
         threads: that weights are made on, by default one for each core. The bundle's bytes do not depend on it.
+        adapter_slots: give each product inputs for a LoRA adapter, so that one can be chosen at run time.
     Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
     """
     check_recipe(checkpoint, recipe)
@@ -76,6 +80,8 @@ def export(
         for name, values in frequencies.items():
             model.graph.initializers[name].const_value = ir.tensor(values, name=name)
         stored = split_products(model, stored, checkpoint)
+        if adapter_slots:
+            facts = dataclasses.replace(facts, adapter_slots=add_adapter_slots(model, stored, checkpoint.shapes()))
         count = sum(math.prod(weight.shape) for weight in stored)
         bytes_per_weight = sum(file.stat().st_size for file in checkpoint.files()) / count
         with Task("weights", count) as task:

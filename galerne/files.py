@@ -1,7 +1,8 @@
-"""Folders and files that appear whole or not at all, and their hashes."""
+"""Small files read whole, folders and files that appear whole or not at all, and hashes."""
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedWriter
 from pathlib import Path
+from typing import Any
 
 from galerne.errors import BackendError, InputError
 from galerne.progress import say
@@ -18,6 +20,25 @@ if sys.platform != "win32":
     import fcntl
 
 _BLOCK_BYTES = 4 << 20
+
+
+def read_file(path: Path) -> bytes:
+    """Read a small file whole. Raises: InputError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise InputError(f"{path}: cannot read it ({exc.strerror})") from exc
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return a JSON file's table. Raises: InputError if it is none."""
+    try:
+        table = json.loads(read_file(path))
+    except (ValueError, RecursionError) as exc:
+        raise InputError(f"{path}: not JSON ({exc}); download or copy it again") from exc
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: expected a table, found {type(table).__name__}; download or copy it again")
+    return table
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from galerne.errors import InputError
 
 T = TypeVar("T")
+# Metadata of a field that came after files were written: left out while it holds its default, so that such files stay the same.
+LATER = {"later": True}
 
 
 def read(cls: type[T], data: object, where: str) -> T:
@@ -62,7 +64,17 @@ def read_json(cls: type[T], data: bytes, where: str, version: int, remedy: str) 
 
 def to_json(record: Any) -> bytes:
     """Return a dataclass as UTF-8 JSON; the same record gives the same bytes."""
-    return (json.dumps(dataclasses.asdict(record), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    return (json.dumps(tree(record), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def tree(value: Any) -> Any:
+    """Return a dataclass as tables, lists and plain values, without its fields marked LATER that hold an empty default."""
+    if dataclasses.is_dataclass(value):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: tree(item) for field, item in fields if item or not field.metadata.get("later")}
+    if isinstance(value, Mapping):
+        return {key: tree(item) for key, item in value.items()}
+    return [tree(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galerne.errors import InputError
+from galerne.runtime.adapter import Adapter
 from galerne.runtime.footprint import decode_weight_bytes, seen_cache_bytes
 from galerne.runtime.model import Model
 
@@ -21,7 +22,7 @@ _PROBE_ROUNDS = 5
 class BenchResult:
     """Rates in tokens per second, times in seconds, sizes in bytes.
 
-    bound_tokens_per_s: bandwidth over the bytes that one decode step must read: weights, and keys and values seen.
+    bound_tokens_per_s: bandwidth over the bytes that one decode step must read: weights, keys and values seen, the adapter.
     """
 
     engine: str
@@ -35,7 +36,9 @@ class BenchResult:
     bound_tokens_per_s: float
 
 
-def bench(model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) -> BenchResult:
+def bench(
+    model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40, adapter: Adapter | None = None
+) -> BenchResult:
     """Prefill a prompt of random tokens and decode after it; the decode rate is that of the median step.
 
     Raises: InputError if the bundle's longest context is shorter.
@@ -47,8 +50,8 @@ def bench(model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) ->
         )
     random = np.random.default_rng(0)
     prompt = random.integers(0, model.facts.vocab_size, prompt_tokens).tolist()
-    model.rows().feed([prompt[:32]])  # warm up
-    rows = model.rows()
+    model.rows(adapter=adapter).feed([prompt[:32]])  # warm up
+    rows = model.rows(adapter=adapter)
     start = time.perf_counter()
     rows.feed([prompt])
     prefill_s = time.perf_counter() - start
@@ -60,6 +63,7 @@ def bench(model: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) ->
     peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
     length, bytes_per_value = prompt_tokens + decode_tokens, rows.cache.arrays()[0].itemsize
     read = decode_weight_bytes(model.bundle.manifest) + seen_cache_bytes(model.facts, length, bytes_per_value)
+    read += adapter.nbytes if adapter is not None else 0
     return BenchResult(
         engine=model.engine.name,
         prompt_tokens=prompt_tokens,

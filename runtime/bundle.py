@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from galerne import schema
 from galerne.errors import InputError
 from galerne.files import sha256_file, write_atomic
 from galerne.runtime.manifest import FileEntry, Manifest, Verdict, parse
@@ -76,7 +77,7 @@ class Bundle:
 
         Not of the whole manifest, which changes when an engine or a verdict is added.
         """
-        facts = [dataclasses.asdict(facts) for facts in (self.manifest.model, self.manifest.graph)]
+        facts = [schema.tree(facts) for facts in (self.manifest.model, self.manifest.graph)]
         hashes = [self.manifest.files[name].sha256 for name in (GRAPH, WEIGHTS) if name in self.manifest.files]
         return hashlib.sha256(json.dumps([*facts, *hashes], sort_keys=True).encode()).hexdigest()
 

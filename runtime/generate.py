@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from galerne.errors import InputError
+from galerne.runtime.adapter import Adapter
 from galerne.runtime.lookup import PromptLookup
 from galerne.runtime.model import Model
 from galerne.runtime.rows import Float32
@@ -68,12 +69,14 @@ class Generation:
         sampling: SamplingOptions = GREEDY,
         ignore_eos: bool = False,
         speculate: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
         """Prepare a generation.
 
         Args:
             speculate: the most tokens to draft from the text itself and check in one run. The output is the same; a text
                 that repeats itself, such as an edit of code, comes faster. 0 for none.
+            adapter: a LoRA adapter that the model loaded.
         """
         for row, prompt in enumerate(prompts):
             if not prompt:
@@ -84,14 +87,14 @@ class Generation:
             raise InputError(f"--speculate: expected 0 or more, found {speculate}")
         self.outputs = [Output() for _ in prompts]
         self.timings = Timings()
-        self._model, self._prompts, self._max = model, prompts, max_new_tokens
+        self._model, self._prompts, self._max, self._adapter = model, prompts, max_new_tokens, adapter
         self._eos = frozenset() if ignore_eos else frozenset(model.facts.eos_token_ids)
         # Rows draw from generators of their own, so that a row's tokens do not depend on its neighbours.
         self._samplers = [Sampler(sampling) for _ in prompts]
         self._lookups = [PromptLookup(speculate, prompt) for prompt in prompts] if speculate else []
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rows = self._model.rows(len(self._prompts))
+        rows = self._model.rows(len(self._prompts), adapter=self._adapter)
         start = time.perf_counter()
         logits = list(rows.feed(self._prompts)[:, None])
         self.timings.prefill_tokens = sum(len(prompt) for prompt in self._prompts)

@@ -30,6 +30,11 @@ def write_index_names(kinds: int) -> tuple[str, ...]:
     return tuple(f"write_indices.{kind}" if kind else "write_indices" for kind in range(kinds))
 
 
+def adapter_input_names(slot: str) -> tuple[str, str]:
+    """Return the graph's inputs of an adapter slot: A [in, rank] and B [rank, out]."""
+    return f"adapters.{slot}.A", f"adapters.{slot}.B"
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """A file's hex SHA-256 and its size in bytes."""
@@ -74,6 +79,20 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class AdapterSlot:
+    """A product x W of the graph that adds (x A) B, with A and B inputs of the graph.
+
+    in_features: of x.
+    modules: the checkpoint's linear layers whose weights are side by side in W.
+    out_features: of each of them.
+    """
+
+    in_features: int
+    modules: tuple[str, ...]
+    out_features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class GraphFacts:
     """The graph's side of the contract.
 
@@ -82,6 +101,7 @@ class GraphFacts:
     capacities: the ring's full size C in slots for each kind of layer (`layer_kinds`): window + chunk, or without a
         window the longest context.
     max_context: the longest sequence in tokens; null if every layer has a window, where there is no limit.
+    adapter_slots: by the product's name, as in `model.layers.0.self_attn.qkv_proj`; absent where the graph has none.
     """
 
     dialect: Dialect
@@ -90,6 +110,7 @@ class GraphFacts:
     chunk: int
     capacities: tuple[int, ...]
     max_context: int | None
+    adapter_slots: dict[str, AdapterSlot] = field(default_factory=dict, metadata=schema.LATER)
 
 
 @dataclass(frozen=True)
@@ -143,4 +164,10 @@ def parse(data: bytes, where: str) -> Manifest:
     ):
         if len(values) != expected:
             raise InputError(f"{where}: {name}: expected {expected} of them, found {len(values)}")
+    for name, slot in graph.adapter_slots.items():
+        if len(slot.modules) != len(slot.out_features):
+            raise InputError(
+                f"{where}: graph: adapter_slots.{name}: out_features: expected {len(slot.modules)} of them, found "
+                f"{len(slot.out_features)}"
+            )
     return manifest

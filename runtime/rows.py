@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from galerne.errors import Cancelled, InputError
+from galerne.runtime.adapter import Adapter
 from galerne.runtime.exclusive import Exclusive
 from galerne.runtime.ids import TokenIds, as_ids
 from galerne.runtime.manifest import layer_kinds
@@ -24,16 +25,19 @@ class Rows:
 
     model: what runs them.
     ring: where they stand.
+    adapter: the LoRA adapter that they run with, and that their keys and values belong to.
     cache: the engine's memory of them.
     exclusive: held by whoever uses them; all methods but `cancel` raise BusyError while another thread does.
     """
 
-    def __init__(self, model: "Model", ring: Ring) -> None:
+    def __init__(self, model: "Model", ring: Ring, adapter: Adapter | None = None) -> None:
         self.model, self.ring, self.exclusive = model, ring, Exclusive("the sequence")
+        self.adapter = adapter
         self._windows = layer_kinds(model.facts.layer_windows)[0]
         # A plain flag and no Event: a signal's handler may set it while this very thread looks at it.
         self._cancelled, self._closed = False, False
-        self.cache = model.engine.new_cache(len(ring.positions), ring.capacities)
+        inputs = None if adapter is None else adapter.inputs
+        self.cache = model.engine.new_cache(len(ring.positions), ring.capacities, inputs)
 
     @property
     def lengths(self) -> list[int]:
@@ -139,7 +143,7 @@ class Rows:
         """Return rows of the same contents that go on by themselves. Raises: BusyError; InputError if closed."""
         with self.exclusive:
             self.check_usable()
-            twin = self.model.rows_at(self.ring.copy())
+            twin = self.model.rows_at(self.ring.copy(), self.adapter)
             twin.cache.fill(self.cache.arrays())
             return twin
 

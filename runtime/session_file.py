@@ -19,6 +19,7 @@ import numpy.typing as npt
 from galerne import __version__, schema
 from galerne.errors import InputError
 from galerne.files import atomic_file
+from galerne.runtime.adapter import Adapter, fingerprint
 from galerne.runtime.ring import Ring
 from galerne.runtime.rows import Float32, Rows
 
@@ -37,7 +38,7 @@ _REMEDY = "feed the text again"
 class SessionRecord:
     """What a saved session belongs to and where it stood.
 
-    bundle: `Bundle.fingerprint` of the bundle that wrote it.
+    bundle: `fingerprint` of the bundle, and the adapter, that wrote it.
     engine: the engine's name, for information.
     position, written, capacities: as in `Ring`.
     sha256: of this record with an empty `sha256`, and of the data.
@@ -61,7 +62,7 @@ def write_session(path: Path, rows: Rows, logits: Float32 | None) -> None:
     record = SessionRecord(
         schema_version=SCHEMA_VERSION,
         galerne_version=__version__,
-        bundle=rows.model.bundle.fingerprint(),
+        bundle=fingerprint(rows.model.bundle, rows.adapter),
         engine=rows.model.engine.name,
         position=int(ring.positions[0]),
         written=int(ring.written[0]),
@@ -84,32 +85,36 @@ def write_session(path: Path, rows: Rows, logits: Float32 | None) -> None:
         raise InputError(f"{path}: cannot write the session there ({exc.strerror})") from exc
 
 
-def read_session(model: "Model", path: Path) -> tuple[Rows, Float32 | None]:
+def read_session(model: "Model", path: Path, adapter: Adapter | None = None) -> tuple[Rows, Float32 | None]:
     """Read a saved session into new rows. Returns: the rows, and the logits [vocab_size] after the last token, if known.
 
-    Raises: InputError if the file is no session, damaged, or of another bundle or type of cache than the model's.
+    Raises: InputError if the file is no session, damaged, or of another bundle, adapter or type of cache than the model's.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            return _read(model, path, file, size)
+            return _read(model, path, adapter, file, size)
     except OSError as exc:
         raise InputError(f"{path}: cannot read a session there ({exc.strerror})") from exc
 
 
-def _read(model: "Model", path: Path, file: BufferedReader, size: int) -> tuple[Rows, Float32 | None]:
+def _read(
+    model: "Model", path: Path, adapter: Adapter | None, file: BufferedReader, size: int
+) -> tuple[Rows, Float32 | None]:
     header, start = _header(path, file, size)
     metadata = header.pop("__metadata__", None)
     text = metadata.get(_RECORD) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise InputError(f"{path}: no {_RECORD} in its metadata, so it is no session of Galerne's")
     record = schema.read_json(SessionRecord, text.encode(), str(path), SCHEMA_VERSION, _REMEDY)
-    if record.bundle != model.bundle.fingerprint():
+    expected_by = fingerprint(model.bundle, adapter)
+    if record.bundle != expected_by:
+        what = "model" if not model.graph.adapter_slots else "model or adapter"
+        against = model.bundle.path if adapter is None else f"{model.bundle.path} with {adapter.path}"
         raise InputError(
-            f"{path}: saved with another model ({record.bundle[:12]}…) than {model.bundle.path} "
-            f"({model.bundle.fingerprint()[:12]}…); {_REMEDY}"
+            f"{path}: saved with another {what} ({record.bundle[:12]}…) than {against} ({expected_by[:12]}…); {_REMEDY}"
         )
-    rows = model.rows_at(_ring(model, path, record))
+    rows = model.rows_at(_ring(model, path, record), adapter)
     logits = np.zeros(model.facts.vocab_size, np.float32) if record.has_logits else None
     # Read into arrays of our own and not into the cache's, which may lie on another device.
     arrays = _tensors([np.empty(array.shape, array.dtype) for array in rows.cache.arrays()], logits)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from galerne.export.checkpoint.open import open_checkpoint
@@ -72,3 +73,28 @@ def heavy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("heavy")
     checkpoint = save_mistral(folder / "checkpoint", hidden_size=512, intermediate_size=1024, sliding_window=64)
     return export(open_checkpoint(checkpoint), recipe.load("fp32"), folder / "bundle", chunk=2048)
+
+
+Adapt = Callable[..., dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def adapt() -> Adapt:
+    """Save a random adapter of a checkpoint by peft; return the weights that peft merges, float32."""
+    peft = pytest.importorskip("peft", reason="peft, which makes and merges the adapters, is not installed")
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
+
+    def save(
+        base: Path, folder: Path, *, embeddings: bool = False, seed: int = 1, **settings: Any
+    ) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": targets} | settings)
+        adapted = peft.get_peft_model(model, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "bias" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(folder, save_embedding_layers=embeddings)
+        return {name: tensor.detach() for name, tensor in adapted.merge_and_unload().named_parameters()}
+
+    return save

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint, DType
-from galerne.export.checkpoint.mapped import read_file
 from galerne.export.checkpoint.mistral_params import compose_config, hugging_face_names
 from galerne.export.checkpoint.rotary import halves_apart
 from galerne.export.checkpoint.safetensors_file import SafetensorsFile
-from galerne.export.checkpoint.safetensors_folder import TOKENIZER, TOKENIZER_FILES, read_table
+from galerne.export.checkpoint.safetensors_folder import TOKENIZER, TOKENIZER_FILES
 from galerne.export.checkpoint.tekken import TEKKEN, convert_tekken
+from galerne.files import read_file, read_table
 
 PARAMS, WEIGHTS = "params.json", "consolidated*.safetensors"
 _SHARD = re.compile(r"(\d+)-of-(\d+)")

@@ -15,8 +15,8 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint, DType, numpy_dtype
 from galerne.export.checkpoint.gguf_config import architecture, compose_config, hugging_face_names
 from galerne.export.checkpoint.gguf_header import TensorInfo, read_header
-from galerne.export.checkpoint.mapped import MappedFile
 from galerne.export.checkpoint.rotary import halves_apart
+from galerne.runtime.mapped import MappedFile
 
 _NATIVE: dict[GGMLQuantizationType, DType] = {
     GGMLQuantizationType.F32: "float32",

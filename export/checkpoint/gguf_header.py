@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from galerne.errors import InputError
-from galerne.export.checkpoint.mapped import MappedFile
+from galerne.runtime.mapped import MappedFile
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

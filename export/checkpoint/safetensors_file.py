@@ -1,15 +1,6 @@
-"""One safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes.
+"""A safetensors file of a checkpoint: which of its types are read, and as what."""
 
-The `safetensors` library copies each tensor that it gives to numpy, so the format, which is small, is read here over a
-memory map. The checks are the library's own: tensors fill the file without a hole or an overlap.
-
-Source: https://github.com/huggingface/safetensors, "Format".
-"""
-
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,11 +8,8 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import DType, numpy_dtype
-from galerne.export.checkpoint.mapped import MappedFile
+from galerne.runtime.safetensors import SafetensorsHeader
 
-_AGAIN = "the file is damaged, download or copy it again"
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the library's limit
 _READABLE: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # What quantized weights are made of, beside floats.
 _STORED: dict[str, np.dtype[Any]] = {
@@ -29,43 +17,10 @@ _STORED: dict[str, np.dtype[Any]] = {
     **{f"{kind}{bits}": np.dtype(f"<{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-# Bits an element takes; of these only _READABLE and _STORED are handed out, but the sizes of all are checked.
-_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the header: `begin` and `end` count bytes from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class SafetensorsFile:
-    """A mapped safetensors file whose header was read and checked."""
-
-    def __init__(self, path: Path) -> None:
-        """Open a file. Raises: InputError if it is missing, truncated, or its header does not describe it."""
-        self.path = path
-        self._file = MappedFile(path)
-        length = int.from_bytes(self._file.bytes(0, _LENGTH_BYTES), "little")
-        self._start = _LENGTH_BYTES + length
-        if self._file.size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or self._start > self._file.size:
-            raise InputError(
-                f"{path}: header length: found {length} bytes in a file of {self._file.size}; "
-                f"either this is no safetensors file or {_AGAIN}"
-            )
-        self.entries = _parse_header(self._file.bytes(_LENGTH_BYTES, length), str(path))
-        self._check_layout()
+class SafetensorsFile(SafetensorsHeader):
+    """A mapped safetensors file, its tensors in the types that checkpoints are stored in."""
 
     def dtype(self, name: str) -> DType:
         """Return a tensor's type. Raises: InputError if it is not one of float32, float16 and bfloat16."""
@@ -79,8 +34,7 @@ class SafetensorsFile:
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor as a read-only view. Raises: InputError as `dtype` does."""
-        entry = self.entries[name]
-        return self._file.view(self._start + entry.begin, entry.shape, numpy_dtype(self.dtype(name)))
+        return self.view(name, numpy_dtype(self.dtype(name)))
 
     def stored(self, name: str) -> NDArray[Any]:
         """Return a tensor of integers, float8 or floats as a read-only view, for those who know what it stands for.
@@ -92,64 +46,4 @@ class SafetensorsFile:
             raise InputError(
                 f"{self.path}: {name!r}: type {entry.dtype} is not supported; expected {', '.join(_STORED)}"
             )
-        return self._file.view(self._start + entry.begin, entry.shape, _STORED[entry.dtype])
-
-    def release(self, name: str) -> None:
-        """Drop a tensor's pages from the resident set."""
-        entry = self.entries[name]
-        self._file.release(self._start + entry.begin, entry.end - entry.begin)
-
-    def _check_layout(self) -> None:
-        end = 0
-        for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if entry.begin != end:
-                raise InputError(
-                    f"{self.path}: {name!r}: data_offsets: expected to start at {end}, found {entry.begin}, "
-                    f"which leaves a hole or overlaps another tensor; {_AGAIN}"
-                )
-            end = entry.end
-        if self._start + end != self._file.size:
-            raise InputError(
-                f"{self.path}: size: expected {self._start + end} bytes, found {self._file.size}; "
-                f"{'the download was cut off, fetch it again' if self._start + end > self._file.size else _AGAIN}"
-            )
-
-
-def _parse_header(data: bytes, where: str) -> dict[str, Entry]:
-    try:
-        header = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{where}: header: not JSON ({exc}); either this is no safetensors file or {_AGAIN}") from exc
-    if not isinstance(header, dict):
-        raise InputError(f"{where}: header: expected a table, found {type(header).__name__}; {_AGAIN}")
-    return {name: _parse_entry(item, f"{where}: {name!r}") for name, item in header.items() if name != "__metadata__"}
-
-
-def _parse_entry(item: object, where: str) -> Entry:
-    if not isinstance(item, dict):
-        raise InputError(f"{where}: expected a table, found {item!r}; {_AGAIN}")
-    dtype, shape, offsets = item.get("dtype"), item.get("shape"), item.get("data_offsets")
-    if dtype not in _BITS:
-        raise InputError(f"{where}: dtype: {dtype!r} is no type of the format; {_AGAIN}")
-    if not _counts(shape):
-        raise InputError(f"{where}: shape: expected a list of sizes, found {shape!r}; {_AGAIN}")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets: expected a start and an end from 0, found {offsets!r}; {_AGAIN}")
-    bits = _BITS[dtype]
-    for size in shape:
-        bits *= size
-    if bits != 8 * (offsets[1] - offsets[0]):
-        raise InputError(
-            f"{where}: data_offsets: expected {bits // 8} bytes for {dtype} {shape}, "
-            f"found {offsets[1] - offsets[0]}; {_AGAIN}"
-        )
-    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
-
-
-def _counts(value: object) -> TypeGuard[list[int]]:
-    # Bounded as numpy bounds an array's shape.
-    return (
-        isinstance(value, list)
-        and len(value) <= 64
-        and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
-    )
+        return self.view(name, _STORED[entry.dtype])

@@ -1,6 +1,5 @@
 """A Hugging Face folder: config.json and safetensors, in one file or in shards with an index."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint, DType
-from galerne.export.checkpoint.mapped import read_file
 from galerne.export.checkpoint.safetensors_file import SafetensorsFile
+from galerne.files import read_file, read_table
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -126,17 +125,6 @@ class SafetensorsCheckpoint(Checkpoint):
             home[name] = shards[shard]
         self._weights = [index, *(self.path / shard for shard in sorted(shards))]
         return home
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """Return a JSON file's table. Raises: InputError if it is none."""
-    try:
-        table = json.loads(read_file(path))
-    except (ValueError, RecursionError) as exc:
-        raise InputError(f"{path}: not JSON ({exc}); download or copy it again") from exc
-    if not isinstance(table, dict):
-        raise InputError(f"{path}: expected a table, found {type(table).__name__}; download or copy it again")
-    return table
 
 
 def _no_weights(path: Path) -> str:

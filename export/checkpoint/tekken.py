@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from galerne.errors import InputError
-from galerne.export.checkpoint.mapped import read_file
+from galerne.files import read_file
 
 TEKKEN = "tekken.json"
 _BOS, _EOS = "<s>", "</s>"

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from galerne.export.parity.cases import Case, Plan, RingSize
+from galerne.runtime.adapter import Adapter
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines.select import PORTABLE
 from galerne.runtime.generate import Generation
@@ -31,15 +33,20 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
     generated: the tokens of each case that generates freely, by its name; there once it has run.
     """
 
-    def __init__(self, bundle: Bundle, engine: str, plan: Plan, advance: Callable[[], None]) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: str, plan: Plan, advance: Callable[[], None], adapter: Path | None = None
+    ) -> None:
         super().__init__(name=engine)
         self._bundle, self._engine, self._plan, self._advance = bundle, engine, plan, advance
         self._model: Model | None = None
+        self._folder = adapter
+        self._adapter: Adapter | None = None
         self.generated: dict[str, Int64] = {}
 
     def activate_impl(self) -> None:
         """Open the bundle."""
         self._model = Model.open(self._bundle.path, self._engine, exact=self._engine == PORTABLE)
+        self._adapter = None if self._folder is None else self._model.load_adapter(self._folder)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Return the one input: the number of the case."""
@@ -60,16 +67,18 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
 
     def deactivate_impl(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self._model = self._adapter = None
 
     def _tokens(self, model: Model, case: Case) -> Int64:
         prompt = self._plan.sequences[0][: case.lengths[0]].tolist()
-        generation = Generation(model, [prompt], max_new_tokens=case.greedy_tokens, ignore_eos=True)
+        generation = Generation(
+            model, [prompt], max_new_tokens=case.greedy_tokens, ignore_eos=True, adapter=self._adapter
+        )
         self.generated[case.name] = np.array([token for _, token in generation], np.int64)
         return self.generated[case.name]
 
     def _logits(self, model: Model, case: Case, ring: RingSize) -> Float32:
-        rows = model.rows(len(case.lengths), full_ring=ring == "full")
+        rows = model.rows(len(case.lengths), full_ring=ring == "full", adapter=self._adapter)
         if case.poisoned:
             poison(rows)
         wanted = self._plan.positions(case)

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +43,24 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         *,
         generated: Mapping[str, Int64],
         tolerance: Tolerance,
+        adapter: Path | None = None,
     ) -> None:
         """Prepare a run.
 
         Args:
             generated: the candidate's tokens by the case's name, for cases that generate freely; they must be there by then.
             tolerance: how far two logits may differ and still count as equal.
+            adapter: as in `StreamedModel`.
         """
         super().__init__(name="transformers")
         self._checkpoint, self._recipe, self._plan, self._advance = checkpoint, recipe, plan, advance
-        self._generated, self._tolerance = generated, tolerance
+        self._generated, self._tolerance, self._adapter = generated, tolerance, adapter
         self._model: PreTrainedModel | None = None
         self._logits: dict[int, tuple[Int64, Float32]] = {}
 
     def activate_impl(self) -> None:
         """Open the model, run it as it is on the longest case, and have its weights rounded from then on."""
-        streamed = StreamedModel(self._checkpoint)
+        streamed = StreamedModel(self._checkpoint, self._adapter)
         self._model, longest = streamed.model, self._plan.longest
         tokens = self._plan.sequences[0][: longest.lengths[0]]
         self.source_logits = logits_at(self._model, tokens, self._plan.positions(longest)[0])

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,8 +47,15 @@ class StreamedModel:
     model: what to call. rounding: the recipe that weights are rounded by; None takes them as they are.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Open a checkpoint. Raises: InputError if transformers cannot load it."""
+    def __init__(self, checkpoint: Checkpoint, adapter: Path | None = None) -> None:
+        """Open a checkpoint.
+
+        Args:
+            adapter: the folder of a LoRA adapter whose products are added to the rounded weights; those of an
+                `AdaptedCheckpoint` are there before the rounding.
+        Raises: InputError if transformers cannot load it.
+        """
+        self._products = {} if adapter is None else adapter_products(adapter)
         try:
             with _quiet():
                 self._weights, config = _open(checkpoint)
@@ -94,6 +102,8 @@ class StreamedModel:
             rows = self._weights.rows(stored, first, min(first + step, shape[0])).float()
             if self._rounding is not None:
                 rows = rounded_like(rows, name, self._rounding)
+            if name in self._products:
+                rows = rows + _product(self._products[name], first, first + step)
             whole[first : first + step] = rows.numpy()
 
         for _ in ordered(partial(fill, first) for first in range(0, shape[0], step)):
@@ -221,10 +231,12 @@ class _Adapted:
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         rows = self._base.rows(name, first, last)
-        if name not in self._products:
-            return rows
-        scale, b, a = self._products[name]
-        return rows.float() + scale * (b[first:last] @ a)
+        return rows.float() + _product(self._products[name], first, last) if name in self._products else rows
+
+
+def _product(product: tuple[float, Tensor, Tensor], first: int, last: int) -> Tensor:
+    scale, b, a = product
+    return scale * (b[first:last] @ a)
 
 
 def _loaded(checkpoint: Checkpoint) -> _Weights:

@@ -1,6 +1,7 @@
 """The verdict on a bundle: does it compute what its PyTorch source computes?"""
 
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 from polygraphy.comparator import Comparator, RunResults
@@ -22,7 +23,7 @@ from galerne.runtime.bundle import MANIFEST, Bundle
 from galerne.runtime.engines.select import PORTABLE
 
 
-def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None) -> Report:
+def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None, adapter: Path | None = None) -> Report:
     """Run a bundle and its checkpoint in transformers on the same tokens, and compare.
 
     The reference's weights are rounded as the bundle's recipe rounds them, so that the limits can be tight enough to show a
@@ -30,6 +31,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
 
     Args:
         engine: what runs the bundle: "portable", which is the default, or an engine's name.
+        adapter: the folder of a LoRA adapter that both run with, for a bundle with adapter slots.
     Raises: InputError if the checkpoint is not what the bundle was made from, or a file of the bundle was changed;
         BackendError if the engine cannot run here.
     """
@@ -42,9 +44,15 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None)
     tolerance = TABLE[row]
     plan = make_plan(bundle.manifest, source_window(checkpoint), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
-        candidate = CandidateRunner(bundle, engine, plan, task.advance)
+        candidate = CandidateRunner(bundle, engine, plan, task.advance, adapter)
         reference = ReferenceRunner(
-            checkpoint, recipe, plan, task.advance, generated=candidate.generated, tolerance=tolerance
+            checkpoint,
+            recipe,
+            plan,
+            task.advance,
+            generated=candidate.generated,
+            tolerance=tolerance,
+            adapter=adapter,
         )
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout

@@ -61,9 +61,15 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
     Args:
         folder: an existing folder, where only this build writes. The caller adds the record and enters both.
     Returns: the engine's record.
-    Raises: InputError if the target is not one for TensorRT-RTX or lacks a type that the graph uses; BackendError if
+    Raises: InputError if the target is not one for TensorRT-RTX or lacks a type that the graph uses, or the graph has
+        adapter slots; BackendError if
         TensorRT-RTX is not installed, does not build for the target, refuses a node, or fails.
     """
+    if bundle.manifest.graph.adapter_slots:
+        raise InputError(
+            f"{bundle.path}: has adapter slots, which the {target.backend} builder does not take; merge the adapter instead: "
+            "`galerne export --adapter`"
+        )
     try:
         model = onnx.load(str(bundle.file(GRAPH)), load_external_data=False)
     except DecodeError as exc:

@@ -1,6 +1,6 @@
 """What the runtime asks of an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +41,18 @@ class Engine(Protocol):
     def name(self) -> str:
         """ "portable", or the target that it was built for."""
 
-    def new_cache(self, batch: int, capacities: Sequence[int]) -> Cache:
-        """Allocate rings for `batch` rows, with C slots for each kind of layer."""
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the rings and of adapters."""
+
+    def new_cache(
+        self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> Cache:
+        """Allocate rings for `batch` rows, with C slots for each kind of layer.
+
+        Args:
+            adapter: what to bind to the graph's adapter inputs in every run of these rows, by their names, in `dtype`.
+        """
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """Feed tokens, updating the cache in place.

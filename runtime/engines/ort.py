@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from galerne.errors import BackendError
+from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
 from galerne.runtime.manifest import Manifest, layer_kinds, write_index_names
 
@@ -58,6 +59,7 @@ class OrtCache:
     """Rings in this process's memory.
 
     batch: rows B.
+    adapter: what is bound to the graph's adapter inputs, by name.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class OrtCache:
         capacities: Sequence[int],
         dtype: npt.DTypeLike,
         vocab_size: int,
+        adapter: Mapping[str, npt.NDArray[Any]],
     ) -> None:
+        self.adapter = adapter
         self.batch, self.capacities, self._layout = batch, tuple(capacities), layout
         # Where every run of K = 1 leaves its logits, so that whoever holds this array sees each step's.
         self.last_logits = np.zeros((batch, 1, vocab_size), np.float32)
@@ -105,7 +109,7 @@ class OrtCache:
 
     def close(self) -> None:
         """Let go of the memory, but for what an array of the caller's still shows."""
-        self._layout, self._arrays, self.values, self.bindings = [], [], [], {}
+        self._layout, self._arrays, self.values, self.bindings, self.adapter = [], [], [], {}, {}
 
 
 class _Binding:
@@ -134,6 +138,7 @@ class _Binding:
             "position_ids": self.positions,
             "logit_indices": self.logit_indices,
             **dict(zip(starts, self.write_indices, strict=True)),
+            **cache.adapter,
         }
         for name, array in inputs.items():
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -175,16 +180,20 @@ class OrtEngine:
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
         self._manifest = manifest
         inputs = {value.name: value for value in self._session.ort.get_inputs()}
-        self._dtype = _TYPES[inputs["past_key_values.0.key"].type]
+        self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs["past_key_values.0.key"].type])
+        self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
         self._layout = [
             _RingLayout(name, tuple(inputs[f"past_key_values.{name}"].shape), kind)
             for i, kind in enumerate(layer_kinds(manifest.model.layer_windows)[1])
             for name in (f"{i}.key", f"{i}.value")
         ]
 
-    def new_cache(self, batch: int, capacities: Sequence[int]) -> OrtCache:
-        """Allocate rings for `batch` rows, with C slots for each kind of layer."""
-        return OrtCache(batch, self._layout, capacities, self._dtype, self._manifest.model.vocab_size)
+    def new_cache(
+        self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> OrtCache:
+        """As `Engine.new_cache` says."""
+        bound = {**self._no_adapter, **(adapter or {})}
+        return OrtCache(batch, self._layout, capacities, self.dtype, self._manifest.model.vocab_size, bound)
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""

@@ -20,6 +20,7 @@ from galerne.errors import BackendError, CheckFailed, InputError
 from galerne.optimize.quantize.recipe import PRECISIONS
 from galerne.runtime.bundle import Bundle
 
+Adapt = Callable[..., Any]
 Bundles = Callable[[str], Bundle]
 
 
@@ -199,3 +200,26 @@ def test_the_dialect_is_chosen_and_shown(checkpoint_folder: Path, tmp_path: Path
     refused = Ran("export", checkpoint_folder, "--out", tmp_path / "other", "--dialect", "opset25")
     assert (refused.status, refused.out) == (2, "")
     assert "opset25" in refused.err
+
+
+def test_an_adapter_at_run_time(adapt: Adapt, checkpoint_folder: Path, tmp_path: Path) -> None:
+    adapt(checkpoint_folder, tmp_path / "adapter")
+    options = ["export", checkpoint_folder, "--chunk", 8, "--precision", "fp32"]
+    assert Ran(*options, "--out", tmp_path / "slots", "--adapter-slots").status == 0
+    assert Ran(*options, "--out", tmp_path / "merged", "--adapter", tmp_path / "adapter").status == 0
+    assert "adapters 9 slots" in Ran("inspect", tmp_path / "slots").out
+
+    def generated(bundle: str, *more: object) -> Any:
+        ran = Ran("generate", tmp_path / bundle, "--prompt-ids", "1,2,3", "--max-new-tokens", 12, "--json", *more)
+        assert ran.status == 0, ran.err
+        return ran.json["output_ids"]
+
+    for more in ([], ["--adapter", tmp_path / "adapter"]):
+        assert Ran("verify", tmp_path / "slots", "--source", checkpoint_folder, *more).status == 0
+    adapted = generated("slots", "--adapter", tmp_path / "adapter")
+    assert adapted == generated("merged") != generated("slots")
+    sizes = ["--prompt-tokens", 20, "--decode-tokens", 3]
+    assert Ran("bench", tmp_path / "slots", *sizes, "--adapter", tmp_path / "adapter").status == 0
+    refused = Ran("generate", tmp_path / "merged", "--prompt-ids", "1", "--adapter", tmp_path / "adapter")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "has no adapter slots; export it with --adapter-slots" in refused.err

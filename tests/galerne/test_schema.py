@@ -1,5 +1,6 @@
 """The strict reader: what it takes, and that each refusal names the field, the value and what was expected."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,6 +114,16 @@ def test_literal_tells_true_from_one() -> None:
     assert schema.read(Choice, {"version": 1}, "f") == Choice(1)
     with pytest.raises(InputError, match="found True"):
         schema.read(Choice, {"version": True}, "f")
+
+
+def test_a_later_field_is_written_only_where_it_says_something() -> None:
+    @dataclass(frozen=True)
+    class Grown:
+        name: str
+        extra: dict[str, int] = field(default_factory=dict, metadata=schema.LATER)
+
+    assert json.loads(schema.to_json(Grown(""))) == {"name": ""}
+    assert json.loads(schema.to_json(Grown("", {"a": 1}))) == {"name": "", "extra": {"a": 1}}
 
 
 JSON = st.recursive(

@@ -1,5 +1,6 @@
 """The manifest is read strictly, and the same one always gives the same bytes."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from galerne.errors import InputError
 from galerne.runtime.manifest import (
     SCHEMA_VERSION,
+    AdapterSlot,
     FileEntry,
     GraphFacts,
     Manifest,
@@ -61,6 +63,18 @@ def test_round_trip_gives_the_same_record_and_bytes() -> None:
     assert parse(data, "manifest.json") == MANIFEST
     assert parse(data, "manifest.json").to_json() == data
     assert data.endswith(b"}\n")
+
+
+def test_adapter_slots_keep_the_order_of_their_parts() -> None:
+    slot = AdapterSlot(8, ("q_proj", "k_proj"), (8, 4))
+    graph = dataclasses.replace(MANIFEST.graph, adapter_slots={"qk_proj": slot})
+    manifest = dataclasses.replace(MANIFEST, graph=graph)
+    assert parse(manifest.to_json(), "manifest.json") == manifest
+    assert b"adapter" not in MANIFEST.to_json()
+    tree = json.loads(manifest.to_json())
+    tree["graph"]["adapter_slots"]["qk_proj"]["out_features"].pop()
+    with pytest.raises(InputError, match=r"adapter_slots.qk_proj: out_features: expected 2 of them, found 1"):
+        _parse(tree)
 
 
 def test_bytes_do_not_depend_on_the_order_of_keys() -> None:

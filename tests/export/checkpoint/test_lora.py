@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
@@ -17,21 +16,7 @@ from galerne.export.export import export
 from galerne.export.parity.verify import verify
 from galerne.optimize.quantize import recipe
 
-peft = pytest.importorskip("peft", reason="peft, which makes and merges the adapters, is not installed")
-TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
-
-
-def adapt(base: Path, folder: Path, *, embeddings: bool = False, **settings: Any) -> dict[str, torch.Tensor]:
-    """Save a random adapter of a checkpoint; return the weights that peft merges, float32."""
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": TARGETS} | settings)
-    adapted = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    adapted.save_pretrained(folder, save_embedding_layers=embeddings)
-    return {name: tensor.detach() for name, tensor in adapted.merge_and_unload().named_parameters()}
+Adapt = Callable[..., dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +28,7 @@ def adapt(base: Path, folder: Path, *, embeddings: bool = False, **settings: Any
         {"layers_to_transform": [1], "target_modules": ["k_proj", "gate_proj"]},
     ],
 )
-def test_merged_as_peft_merges(checkpoint_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_merged_as_peft_merges(adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     wanted = adapt(checkpoint_folder, tmp_path / "adapter", **settings)
     merged, base = open_checkpoint(checkpoint_folder, tmp_path / "adapter"), open_checkpoint(checkpoint_folder)
     changed = 0
@@ -53,7 +38,7 @@ def test_merged_as_peft_merges(checkpoint_folder: Path, tmp_path: Path, settings
     assert changed == len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) // 2 > 0
 
 
-def test_copies_of_the_base_beside_an_adapter(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_copies_of_the_base_beside_an_adapter(adapt: Adapt, checkpoint_folder: Path, tmp_path: Path) -> None:
     """peft saves the embedding and lm_head too where one of them is adapted; they must be the base's."""
     wanted = adapt(checkpoint_folder, tmp_path / "adapter", embeddings=True)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -68,7 +53,7 @@ def test_copies_of_the_base_beside_an_adapter(checkpoint_folder: Path, tmp_path:
         open_checkpoint(checkpoint_folder, tmp_path / "adapter")
 
 
-def test_bundle_of_an_adapted_checkpoint(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_bundle_of_an_adapted_checkpoint(adapt: Adapt, checkpoint_folder: Path, tmp_path: Path) -> None:
     """It is verified against the base with the adapter, and another checkpoint, the bare base too, is refused."""
     adapt(checkpoint_folder, tmp_path / "adapter")
     adapted = open_checkpoint(checkpoint_folder, tmp_path / "adapter")
@@ -82,7 +67,7 @@ def test_bundle_of_an_adapted_checkpoint(checkpoint_folder: Path, tmp_path: Path
 
 
 def test_a_bundle_without_the_adapter_fails_against_it(
-    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter")
     adapted = open_checkpoint(checkpoint_folder, tmp_path / "adapter")
@@ -105,7 +90,7 @@ def test_a_bundle_without_the_adapter_fails_against_it(
     ],
 )
 def test_adapters_that_cannot_be_merged(
-    checkpoint_folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+    adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter", **settings)
     with pytest.raises(InputError, match=message):
@@ -124,7 +109,7 @@ def test_adapters_that_cannot_be_merged(
     ],
 )
 def test_adapter_configs_that_are_not_read(
-    checkpoint_folder: Path, tmp_path: Path, config: dict[str, Any], message: str
+    adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -164,7 +149,7 @@ ONE = "base_model.model.model.layers.0.mlp.up_proj.lora_"
     ],
 )
 def test_damaged_adapters(
-    checkpoint_folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    adapt: Adapt, checkpoint_folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter")
     damage(tmp_path / "adapter")
@@ -172,7 +157,7 @@ def test_damaged_adapters(
         open_checkpoint(checkpoint_folder, tmp_path / "adapter")
 
 
-def test_adapter_of_another_model(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_model(adapt: Adapt, checkpoint_folder: Path, tmp_path: Path) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter")
     _tensors(
         lambda tensors: tensors.update(
@@ -183,7 +168,9 @@ def test_adapter_of_another_model(checkpoint_folder: Path, tmp_path: Path) -> No
         open_checkpoint(checkpoint_folder, tmp_path / "adapter")
 
 
-def test_adapter_on_quantized_weights(make_awq: Callable[..., Any], checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_adapter_on_quantized_weights(
+    make_awq: Callable[..., Any], adapt: Adapt, checkpoint_folder: Path, tmp_path: Path
+) -> None:
     adapt(checkpoint_folder, tmp_path / "adapter")
     with pytest.raises(InputError, match="quantized already with AWQ; an adapter can be merged into floats only"):
         open_checkpoint(make_awq(tmp_path / "awq").folder, tmp_path / "adapter")

@@ -45,11 +45,3 @@ class MappedFile:
         if count > 0 and hasattr(self._map, "madvise"):
             start = offset - offset % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, offset + count - start)
-
-
-def read_file(path: Path) -> bytes:
-    """Read a small file whole. Raises: InputError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise InputError(f"{path}: cannot read it ({exc.strerror})") from exc
