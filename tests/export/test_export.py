@@ -79,7 +79,9 @@ def test_weights_start_on_pages(bundle_of: Bundles) -> None:
             assert entry.key != "offset" or int(entry.value) % 4096 == 0
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "int4-rtn"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "int4-rtn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "fp16", "int8"))]
+)
 def test_same_bytes_on_any_number_of_threads(
     checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -22,7 +22,7 @@ from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 
 WINDOW, CHUNK = 16, 8
-PRECISIONS = ["fp32", "fp16", "int4-rtn"]
+PRECISIONS = ["fp32", pytest.param("fp16", marks=pytest.mark.slow), "int4-rtn"]
 
 FaultySpec = Callable[..., None]
 
