@@ -6,7 +6,6 @@ device, so a preset needs nothing else and works whether or not Galerne exports 
 
 import hashlib
 import importlib.resources
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from galerne.export.checkpoint.safetensors_folder import CONFIG, INDEX, WEIGHTS
 from galerne.files import staged_folder
 from galerne.parallel import ordered
 from galerne.progress import Task
+from galerne.runtime.safetensors import entries_in_a_row, header_bytes
 
 _FOLDER = importlib.resources.files("galerne.export.presets")
 _SHARD_BYTES = 5_000_000_000
@@ -146,14 +146,9 @@ def _shards(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
 def _write_shard(
     path: Path, tensors: list[Tensor], seed: int, threads: int | None, advance: Callable[[int], None]
 ) -> None:
-    ends = list(itertools.accumulate((tensor.size for tensor in tensors), initial=0))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for tensor, begin, end in zip(tensors, ends, ends[1:], strict=False):
-        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = entries_in_a_row((tensor.name, "BF16", tensor.shape) for tensor in tensors)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(entries, {"format": "pt"}))
         for values in ordered(_blocks(tensors, seed), threads):
             file.write(values.data)
             advance(values.nbytes)

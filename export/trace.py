@@ -11,15 +11,10 @@ import torch
 from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.spec import DecoderSpec
-from galerne.runtime.manifest import Dialect, layer_kinds, write_index_names
+from galerne.runtime.manifest import Dialect, cache_names, layer_kinds, write_index_names
 
 # Sizes of the traced example. Any would do: all four are dynamic in the graph. None may be 1, which is specialized on.
 _BATCH, _TOKENS, _LOGITS, _SLOTS = 2, 3, 2, 8
-
-
-def cache_names(prefix: str, num_hidden_layers: int) -> list[str]:
-    """Return the names of the rings, keys and values by turns: `past_key_values.0.key`, …"""
-    return [f"{prefix}.{i}.{kind}" for i in range(num_hidden_layers) for kind in ("key", "value")]
 
 
 def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opset24") -> ir.Model:

@@ -17,6 +17,11 @@ class GalerneError(Exception):
     exit_code = 70
 
 
+def one_line(exc: BaseException) -> str:
+    """Return another library's error on one line: its text, or its type's name where it has none."""
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
 class CheckFailed(GalerneError):
     """A check ran and said no."""
 

@@ -1,6 +1,5 @@
 """Measures how fast a bundle runs here, beside the bound that memory bandwidth sets."""
 
-import os
 import resource
 import sys
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galerne.errors import InputError
+from galerne.parallel import cores
 from galerne.runtime.adapter import Adapter
 from galerne.runtime.footprint import decode_weight_bytes, seen_cache_bytes
 from galerne.runtime.model import Model
@@ -79,7 +79,7 @@ def bench(
 
 def memory_bandwidth() -> float:
     """Return how many bytes a second all cores together read from memory: the best of several passes of a dot product."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     parts = np.array_split(np.ones(_PROBE_BYTES // 4, np.float32), threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

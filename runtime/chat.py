@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from galerne.errors import InputError
+from galerne.errors import InputError, one_line
 from galerne.runtime.bundle import Bundle
 
 TEMPLATE = "chat_template.jinja"
@@ -89,8 +89,9 @@ class ChatTemplate:
             raise self._refusal(exc) from exc
 
     def _refusal(self, exc: Exception) -> InputError:
-        reason = " ".join(str(exc).split()) or type(exc).__name__
-        return InputError(f"{self._where}: chat template: {reason}; change the messages, or pass the prompt as text")
+        return InputError(
+            f"{self._where}: chat template: {one_line(exc)}; change the messages, or pass the prompt as text"
+        )
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

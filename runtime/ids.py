@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from galerne.errors import InputError
+from galerne.errors import InputError, one_line
 
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -55,7 +55,7 @@ def _view(ids: Any, where: str) -> npt.NDArray[Any]:
     # Memory of another device, a type that NumPy lacks, lists of several lengths, or nothing that could be gone through.
     except (BufferError, RuntimeError, ValueError, TypeError) as exc:
         raise InputError(
-            f"{where}: expected token ids as int32 or int64 in the CPU's memory, found {_short(exc)}"
+            f"{where}: expected token ids as int32 or int64 in the CPU's memory, found {one_line(exc)}"
         ) from exc
 
 
@@ -64,7 +64,3 @@ def _buffer(ids: Any) -> memoryview | None:
         return memoryview(ids)
     except TypeError:
         return None
-
-
-def _short(exc: Exception) -> str:
-    return " ".join(str(exc).split())

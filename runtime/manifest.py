@@ -35,6 +35,11 @@ def adapter_input_names(slot: str) -> tuple[str, str]:
     return f"adapters.{slot}.A", f"adapters.{slot}.B"
 
 
+def cache_names(prefix: str, num_hidden_layers: int) -> tuple[str, ...]:
+    """Return the names of the rings, keys and values by turns: `past_key_values.0.key`, …"""
+    return tuple(f"{prefix}.{i}.{part}" for i in range(num_hidden_layers) for part in ("key", "value"))
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """A file's hex SHA-256 and its size in bytes."""

@@ -30,7 +30,6 @@ class Model:
     def __init__(self, bundle: Bundle, engine: Engine, load_s: float) -> None:
         self.bundle, self.engine, self.load_s = bundle, engine, load_s
         self.facts, self.graph = bundle.manifest.model, bundle.manifest.graph
-        self._fingerprint = bundle.fingerprint()
         self._pid, self._closed, self._lock = os.getpid(), False, threading.Lock()
         self._open: weakref.WeakSet[Rows] = weakref.WeakSet()
 
@@ -94,7 +93,7 @@ class Model:
         if adapter is None:
             return
         types = {array.dtype for array in adapter.inputs.values()}
-        if adapter.bundle != self._fingerprint or types != {self.engine.dtype}:
+        if adapter.bundle != self.bundle.fingerprint() or types != {self.engine.dtype}:
             raise InputError(
                 f"{adapter.path}: loaded for another model than {self.bundle.path}, engine {self.engine.name!r}; load it with "
                 "the load_adapter of the model that runs it"

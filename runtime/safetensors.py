@@ -1,4 +1,4 @@
-"""One safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes.
+"""The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes.
 
 The `safetensors` library copies each tensor that it gives to numpy, so the format, which is small, is read here over a
 memory map. The checks are the library's own: tensors fill the file without a hole or an overlap.
@@ -7,6 +7,8 @@ Source: https://github.com/huggingface/safetensors, "Format".
 """
 
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,6 +32,30 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+
+
+def entries_in_a_row(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> dict[str, Any]:
+    """Return the header's entries of tensors (name, type such as "F16", shape) that lie one after the other."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * _BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    return entries
+
+
+def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands in a file before the tensors' bytes, padded to a multiple of 8."""
+    header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the float32 values of bfloat16 bits, which are the upper halves of theirs."""
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -67,8 +93,8 @@ class SafetensorsHeader:
     def float32(self, name: str) -> NDArray[np.float32]:
         """Return a tensor of floats as float32. Raises: InputError if it is of another type."""
         stored = self.entries[name].dtype
-        if stored == "BF16":  # the upper half of a float32
-            return (self.view(name, "<u2").astype(np.uint32) << 16).view(np.float32)
+        if stored == "BF16":
+            return from_bfloat16(self.view(name, "<u2"))
         if stored not in _FLOATS:
             raise InputError(f"{self.path}: {name!r}: type {stored} is not supported; expected F32, F16, BF16")
         return self.view(name, _FLOATS[stored]).astype(np.float32)

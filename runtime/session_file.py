@@ -20,8 +20,10 @@ from galerne import __version__, schema
 from galerne.errors import InputError
 from galerne.files import atomic_file
 from galerne.runtime.adapter import Adapter, fingerprint
+from galerne.runtime.manifest import cache_names
 from galerne.runtime.ring import Ring
 from galerne.runtime.rows import Float32, Rows
+from galerne.runtime.safetensors import entries_in_a_row, header_bytes
 
 if TYPE_CHECKING:
     from galerne.runtime.model import Model
@@ -74,11 +76,9 @@ def write_session(path: Path, rows: Rows, logits: Float32 | None) -> None:
     for array in arrays.values():
         digest.update(_bytes(array))
     record = dataclasses.replace(record, sha256=digest.hexdigest())
-    header = json.dumps({"__metadata__": {_RECORD: schema.to_json(record).decode()}, **_layout(arrays)}).encode()
-    header += b" " * (-len(header) % 8)
     try:
         with atomic_file(path) as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(header_bytes(_layout(arrays), {_RECORD: schema.to_json(record).decode()}))
             for array in arrays.values():
                 file.write(_bytes(array))
     except OSError as exc:
@@ -173,18 +173,13 @@ def _ring(model: "Model", path: Path, record: SessionRecord) -> Ring:
 
 def _tensors(cache: Sequence[npt.NDArray[Any]], logits: Float32 | None) -> dict[str, npt.NDArray[Any]]:
     """Name the arrays of a session, in the order of the file."""
-    tensors = {f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}": array for i, array in enumerate(cache)}
+    tensors = dict(zip(cache_names("past_key_values", len(cache) // 2), cache, strict=True))
     return tensors if logits is None else {**tensors, "logits": logits}
 
 
 def _layout(tensors: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """Return the safetensors header of arrays that lie one after the other."""
-    layout, start = {}, 0
-    for name, array in tensors.items():
-        end = start + array.nbytes
-        layout[name] = {"dtype": _TYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
-        start = end
-    return layout
+    return entries_in_a_row((name, _TYPES[array.dtype.name], array.shape) for name, array in tensors.items())
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:

@@ -1,13 +1,11 @@
 """Which ONNX operators and types an engine builder's parser reads: one TOML file under operators/ each."""
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
-from galerne import schema
 from galerne.errors import InputError
+from galerne.targets import tables
 
 ElementType = Literal[
     "float32", "float16", "bfloat16", "double", "int64", "int32", "int8", "int4", "uint8", "bool", "fp8", "fp4"
@@ -72,8 +70,7 @@ class Use:
 
 def names() -> list[str]:
     """Return the names of all tables, sorted."""
-    files = (item.name for item in resources.files(_DATA).iterdir())
-    return sorted(file.removesuffix(".toml") for file in files if file.endswith(".toml"))
+    return tables.names(_DATA)
 
 
 def load(name: str) -> OperatorTable:
@@ -83,7 +80,7 @@ def load(name: str) -> OperatorTable:
     """
     if name not in names():
         raise InputError(f"no operator table named {name!r}; there are: {', '.join(names())}")
-    return parse((resources.files(_DATA) / f"{name}.toml").read_text("utf-8"), name)
+    return parse(tables.text(_DATA, name), name)
 
 
 def parse(text: str, name: str) -> OperatorTable:
@@ -92,18 +89,9 @@ def parse(text: str, name: str) -> OperatorTable:
     Raises: InputError naming the file and the field.
     """
     where = f"targets/operators/{name}.toml"
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise InputError(f"{where}: not TOML ({exc})") from exc
-    table = schema.read(OperatorTable, tree, where)
-    if table.name != name:
-        raise InputError(f"{where}: name: expected {name!r}, the file's own name, found {table.name!r}")
+    table = tables.parse(OperatorTable, text, name, where, ("title", "source", "operators"))
     if not 1 <= table.min_opset <= table.max_opset:
         raise InputError(f"{where}: max_opset: expected at least min_opset {table.min_opset}, found {table.max_opset}")
-    for field in ("title", "source", "operators"):
-        if not getattr(table, field):
-            raise InputError(f"{where}: {field}: expected something, found {getattr(table, field)!r}")
     for kind, operator in table.operators.items():
         if not operator.types:
             raise InputError(f"{where}: operators.{kind}: types: expected at least one, found none")

@@ -2,13 +2,11 @@
 
 import difflib
 import re
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
-from galerne import schema
 from galerne.errors import InputError
+from galerne.targets import tables
 
 Kind = Literal["cpu", "datacenter", "workstation", "jetson"]
 Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
@@ -44,8 +42,7 @@ class Target:
 
 def names() -> list[str]:
     """Return the names of all targets, sorted."""
-    files = (item.name for item in resources.files(_DATA).iterdir())
-    return sorted(file.removesuffix(".toml") for file in files if file.endswith(".toml"))
+    return tables.names(_DATA)
 
 
 def load(name: str) -> Target:
@@ -58,7 +55,7 @@ def load(name: str) -> Target:
         close = difflib.get_close_matches(name.lower().replace("_", "-").replace(" ", "-"), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"--target: no target named {name!r}; {hint}there are: {', '.join(known)}")
-    return parse((resources.files(_DATA) / f"{name}.toml").read_text("utf-8"), name)
+    return parse(tables.text(_DATA, name), name)
 
 
 def load_all() -> list[Target]:
@@ -72,16 +69,7 @@ def parse(text: str, name: str) -> Target:
     Raises: InputError naming the file and the field.
     """
     where = f"targets/data/{name}.toml"
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise InputError(f"{where}: not TOML ({exc})") from exc
-    target = schema.read(Target, table, where)
-    if target.name != name:
-        raise InputError(f"{where}: name: expected {name!r}, the file's own name, found {target.name!r}")
-    for field in ("title", "types", "source"):
-        if not getattr(target, field):
-            raise InputError(f"{where}: {field}: expected something, found {getattr(target, field)!r}")
+    target = tables.parse(Target, text, name, where, ("title", "types", "source"))
     for field in ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s"):
         value = getattr(target, field)
         if (value is None) != (target.kind == "cpu"):

@@ -11,7 +11,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from galerne.errors import InputError
+from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint, DType, numpy_dtype
 from galerne.export.checkpoint.gguf_config import architecture, compose_config, hugging_face_names
 from galerne.export.checkpoint.gguf_header import TensorInfo, read_header
@@ -88,8 +88,7 @@ class GgufCheckpoint(Checkpoint):
                 tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
                 tokenizer.save_pretrained(folder)
             except Exception as exc:
-                reason = " ".join(str(exc).split()) or type(exc).__name__
-                raise InputError(f"{self.path}: tokenizer: transformers cannot convert it ({reason})") from exc
+                raise InputError(f"{self.path}: tokenizer: transformers cannot convert it ({one_line(exc)})") from exc
             return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
     def files(self) -> list[Path]:
@@ -112,7 +111,7 @@ class GgufCheckpoint(Checkpoint):
             with np.errstate(all="ignore"):  # a scale that is no number shows in parity, not as a warning of numpy
                 for row in range(0, rows, step):
                     values[row : row + step] = gguf.dequantize(packed[row : row + step], info.type)
-        except NotImplementedError as exc:
+        except NotImplementedError as exc:  # how the gguf package says that it cannot unpack a type
             raise self._unsupported(name, info) from exc
         return values.reshape(info.shape)
 

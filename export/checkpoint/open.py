@@ -6,7 +6,9 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.consolidated import ConsolidatedCheckpoint, is_consolidated
 from galerne.export.checkpoint.lora import AdaptedCheckpoint
-from galerne.export.checkpoint.safetensors_folder import INDEX, WEIGHTS, SafetensorsCheckpoint
+from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
+from galerne.export.checkpoint.safetensors_folder import CONFIG, INDEX, WEIGHTS, SafetensorsCheckpoint
+from galerne.files import read_table
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
@@ -22,16 +24,13 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     if adapter is not None:
         return AdaptedCheckpoint(open_checkpoint(path), adapter)
     if path.is_dir():
-        if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
-            raise InputError(f"{path}: no config.json in it, but a GGUF file; give that file: {found[0]}")
+        if not (path / CONFIG).is_file() and (found := sorted(path.glob("*.gguf"))):
+            raise InputError(f"{path}: no {CONFIG} in it, but a GGUF file; give that file: {found[0]}")
         if is_consolidated(path) and not any((path / name).is_file() for name in (WEIGHTS, INDEX)):
             return ConsolidatedCheckpoint(path)
-        plain = SafetensorsCheckpoint(path)
-        if plain.config.get("quantization_config") is None:
-            return plain
-        from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
-
-        return QuantizedCheckpoint(path)
+        if (path / CONFIG).is_file() and read_table(path / CONFIG).get("quantization_config") is not None:
+            return QuantizedCheckpoint(path)
+        return SafetensorsCheckpoint(path)
     if path.suffix == ".gguf" and path.is_file():
         # The gguf package is wanted for GGUF only.
         from galerne.export.checkpoint.gguf_checkpoint import GgufCheckpoint

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from galerne.errors import InputError
+from galerne.errors import InputError, one_line
 from galerne.files import read_file
 
 TEKKEN = "tekken.json"
@@ -57,8 +57,7 @@ def convert_tekken(path: Path) -> dict[str, bytes]:
             ]
         )
     except Exception as exc:
-        reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise InputError(f"{path}: transformers cannot convert it ({type(exc).__name__}: {reason})") from exc
+        raise InputError(f"{path}: transformers cannot convert it ({type(exc).__name__}: {one_line(exc)})") from exc
     config = {"bos_token": _BOS, "eos_token": _EOS}
     return {
         "tokenizer.json": tokenizer.to_str().encode(),

@@ -76,8 +76,7 @@ def basic_attend(onnx: Opset, compute_type: torch.dtype) -> Callable[..., Any]:
         heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
         # The query and not the product is scaled: it is smaller, and the product of long vectors may exceed float16. The
         # scale stays float32, so that an engine that widens the graph is not left with one that float16 rounded.
-        scaled = onnx.Mul(wide(query), onnx.Constant(value_float=scale or 1 / math.sqrt(head_dim)))
-        query = back(scaled)
+        query = back(onnx.Mul(wide(query), onnx.Constant(value_float=scale or 1 / math.sqrt(head_dim))))
         if group := (heads // kv_heads if heads > kv_heads else 0):
             # The heads that share a key head are one head with more queries, so that no key is read or copied twice.
             query = onnx.Reshape(query, onnx.Constant(value_ints=[0, kv_heads, -1, head_dim]))  # [B, Hkv, G*S, D]

@@ -11,9 +11,14 @@ ARCHITECTURE = "MistralForCausalLM"
 
 def spec(config: ConfigReader) -> DecoderSpec:
     """Map a Mistral config to the decoder's spec."""
+    return mistral_spec(config, ARCHITECTURE)
+
+
+def mistral_spec(config: ConfigReader, architecture: str) -> DecoderSpec:
+    """Read what all Mistrals have: the window must be said, null included."""
     return base_spec(
         config,
-        ARCHITECTURE,
+        architecture,
         sliding_window=config.nullable_integer("sliding_window"),
         num_key_value_heads=config.integer("num_key_value_heads"),
     )

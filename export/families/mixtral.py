@@ -6,8 +6,9 @@ All experts run in the graph: see `galerne.export.mlp.Mixture` for what that cos
 from dataclasses import replace
 
 from galerne.errors import InputError
+from galerne.export.families.mistral import mistral_spec
 from galerne.export.reader import ConfigReader
-from galerne.export.spec import DecoderSpec, base_spec
+from galerne.export.spec import DecoderSpec
 
 ARCHITECTURE = "MixtralForCausalLM"
 
@@ -19,10 +20,4 @@ def spec(config: ConfigReader) -> DecoderSpec:
         raise InputError(
             f"{config.where}: num_experts_per_tok: {chosen} of {experts} experts; expected no more than those"
         )
-    base = base_spec(
-        config,
-        ARCHITECTURE,
-        sliding_window=config.nullable_integer("sliding_window"),
-        num_key_value_heads=config.integer("num_key_value_heads"),
-    )
-    return replace(base, num_experts=experts, experts_per_token=chosen)
+    return replace(mistral_spec(config, ARCHITECTURE), num_experts=experts, experts_per_token=chosen)

@@ -111,7 +111,7 @@ def _windowed(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
     yield from _common(graph, limit, rows=(2 * window + 1, 3, window + 1), chunked=2 * window + graph.chunk + 5)
     yield from _poisoned(window // 2, limit)
     # Twice around the ring and some more, so that every slot is written three times.
-    yield Case("token by token", ((1,),) * min(2 * min(min(graph.capacities), window + graph.chunk) + 8, limit))
+    yield Case("token by token", ((1,),) * min(2 * min(*graph.capacities, window + graph.chunk) + 8, limit))
 
 
 def _across(graph: GraphFacts, window: int, limit: int) -> Iterable[Case]:
@@ -146,9 +146,9 @@ def _common(graph: GraphFacts, limit: int, *, rows: tuple[int, int, int], chunke
     room = limit - max(sum(counts) for counts in zip(*decode, strict=True))
     if room > 0:
         yield Case("rows of different lengths", (tuple(min(length, room) for length in rows), *decode))
-    small = min(Ring(graph, 1).capacities)
-    if small < min(graph.capacities):  # else the ring never grows
-        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(min(graph.capacities) - small, 16),), (1,)]
+    small, full = min(Ring(graph, 1).capacities), min(graph.capacities)
+    if small < full:  # else the ring never grows
+        steps = [(small - 3,), (1,), (1,), (1,), (1,), (min(full - small, 16),), (1,)]
         yield Case("grown ring and full ring", _capped(steps, limit), rings=("growing", "full"))
 
 

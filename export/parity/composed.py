@@ -75,20 +75,20 @@ def _stored(files: list[Path]) -> dict[str, Tensor]:
 
 def _dequantized(tensors: dict[str, Tensor], config: dict[str, object]) -> dict[str, Tensor]:
     method = config["quant_method"]
-    weights = {}
-    for name in sorted(tensors):
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        own = {
-            key.removeprefix(f"{module}."): value for key, value in tensors.items() if key.rpartition(".")[0] == module
-        }
-        if part == "qweight" and method == "awq":
-            weights[f"{module}.weight"] = _awq(own)
-        elif part == "qweight" and method == "gptq":
-            weights[f"{module}.weight"] = _gptq(own, config)
-        elif part == "weight_packed" or (part == "weight" and "weight_scale" in own):
+        modules.setdefault(module, {})[part] = tensor
+    weights = {}
+    for module, own in modules.items():
+        if "qweight" in own:
+            weights[f"{module}.weight"] = _awq(own) if method == "awq" else _gptq(own, config)
+        elif "weight_scale" in own:
             weights[f"{module}.weight"] = _compressed(own, config)
-        elif part in ("weight", "bias"):
-            weights[name] = tensors[name]
+        elif "weight" in own:
+            weights[f"{module}.weight"] = own["weight"]
+        if "bias" in own:
+            weights[f"{module}.bias"] = own["bias"]
     return weights
 
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import eager_mask
 from transformers.utils import logging as transformers_logging
 
-from galerne.errors import InputError
+from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.lora import AdaptedCheckpoint
 from galerne.export.parity.composed import adapter_products, composed_weights
@@ -68,8 +68,7 @@ class StreamedModel:
                     self._weights = _loaded(checkpoint)
                 self._fill_buffers()
         except Exception as exc:
-            reason = " ".join(str(exc).split()) or type(exc).__name__
-            raise InputError(f"{checkpoint.path}: transformers cannot load it ({reason})") from exc
+            raise InputError(f"{checkpoint.path}: transformers cannot load it ({one_line(exc)})") from exc
         self.model.eval()
         self._rounding: AnyRecipe | None = None
         self._kept: dict[str, nn.Parameter] = {}
@@ -152,8 +151,7 @@ def source_window(checkpoint: Checkpoint) -> int | None:
         with _quiet():
             config = AutoConfig.for_model(**{"model_type": "", **checkpoint.config})
     except Exception as exc:
-        reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise InputError(f"{checkpoint.path}: transformers cannot read its config ({reason})") from exc
+        raise InputError(f"{checkpoint.path}: transformers cannot read its config ({one_line(exc)})") from exc
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     window: int | None = getattr(config, "sliding_window", None)
     return window if "sliding_attention" in kinds else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from galerne.runtime.manifest import write_index_names
+from galerne.runtime.manifest import cache_names, write_index_names
 
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
@@ -72,13 +72,11 @@ def _folders(module: str) -> list[str]:
 
 def _name_axes(graph: ir.Graph, layer_kinds: Sequence[int]) -> None:
     axes_of: dict[str, tuple[str | None, ...]] = dict(_AXES)
-    for kind in set(layer_kinds):
-        axes_of[write_index_names(kind + 1)[kind]] = ("batch_size",)
-    for layer, kind in enumerate(layer_kinds):
-        slots = f"cache_slots_{kind}" if kind else "cache_slots"
-        for cache in ("past_key_values", "present"):
-            for part in ("key", "value"):
-                axes_of[f"{cache}.{layer}.{part}"] = ("batch_size", None, slots, None)
+    axes_of |= dict.fromkeys(write_index_names(max(layer_kinds) + 1), ("batch_size",))
+    for cache in ("past_key_values", "present"):
+        for i, ring in enumerate(cache_names(cache, len(layer_kinds))):
+            kind = layer_kinds[i // 2]
+            axes_of[ring] = ("batch_size", None, f"cache_slots_{kind}" if kind else "cache_slots", None)
     for value in (*graph.inputs, *graph.outputs):
         assert value.name is not None and value.shape is not None
         value.shape = ir.Shape([axis or size for axis, size in zip(axes_of[value.name], value.shape, strict=True)])

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from galerne.errors import BackendError
+from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
-from galerne.runtime.manifest import Manifest, layer_kinds, write_index_names
+from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # How exactly MatMulNBits multiplies: 4 rounds the activations to int8, block by block; 1 keeps them float32.
@@ -36,12 +36,13 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
 class _RingLayout:
     """How one ring lies in memory.
 
-    name: as in `past_key_values.{name}`.
+    past, present: the graph's input and output.
     axes: the sizes of its axes, with the names of B and C, of which B comes first. The `cpu` engine keeps values transposed.
     kind: of its layer.
     """
 
-    name: str
+    past: str
+    present: str
     axes: tuple[int | str, ...]
     kind: int
 
@@ -144,8 +145,8 @@ class _Binding:
             self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
         for ring, value in zip(layout, cache.values, strict=True):
-            self.io.bind_ortvalue_input(f"past_key_values.{ring.name}", value)
-            self.io.bind_ortvalue_output(f"present.{ring.name}", value)
+            self.io.bind_ortvalue_input(ring.past, value)
+            self.io.bind_ortvalue_output(ring.present, value)
 
 
 class _Session:
@@ -180,12 +181,13 @@ class OrtEngine:
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
         self._manifest = manifest
         inputs = {value.name: value for value in self._session.ort.get_inputs()}
-        self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs["past_key_values.0.key"].type])
+        kinds = layer_kinds(manifest.model.layer_windows)[1]
+        past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
+        self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs[past[0]].type])
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
         self._layout = [
-            _RingLayout(name, tuple(inputs[f"past_key_values.{name}"].shape), kind)
-            for i, kind in enumerate(layer_kinds(manifest.model.layer_windows)[1])
-            for name in (f"{i}.key", f"{i}.value")
+            _RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
+            for i, (before, after) in enumerate(zip(past, present, strict=True))
         ]
 
     def new_cache(
@@ -218,8 +220,3 @@ class OrtEngine:
     def close(self) -> None:
         """Let go of ONNX Runtime's session; no run may follow."""
         self._session = None
-
-
-def one_line(exc: BaseException) -> str:
-    """Return an error's text on one line."""
-    return " ".join(str(exc).split())

@@ -1,0 +1,1 @@
+"""What the parsers of engine builders read: one TOML file each."""

@@ -1,7 +1,7 @@
 """Checkpoints that were quantized before, in the layouts of the libraries that write them.
 
 compressed-tensors packs its own. autoawq needs packages that nobody maintains, and gptqmodel a newer torch than ours, so AWQ and
-GPTQ are packed here, from the formats' descriptions; test_quantized.py has other libraries read them.
+GPTQ are packed here, from the formats' descriptions; quantized/test_weights.py has other libraries read them.
 """
 
 import json
@@ -15,6 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from galerne.export.checkpoint.open import open_checkpoint
+from galerne.export.export import export
+from galerne.export.prequantized import choose_recipe
+from galerne.runtime.bundle import Bundle
 
 
 @dataclass
@@ -128,6 +133,17 @@ def desc_act_groups(in_features: int, group: int, seed: int) -> Tensor:
     groups = torch.empty(in_features, dtype=torch.long)
     groups[order] = torch.arange(in_features) // group
     return groups
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[[Path, Path], Bundle]:
+    """Return a function that exports a folder as it was quantized."""
+
+    def run(folder: Path, out: Path) -> Bundle:
+        checkpoint = open_checkpoint(folder)
+        return export(checkpoint, choose_recipe(checkpoint, None, None), out, chunk=8)
+
+    return run
 
 
 Maker = Callable[..., Quantized]

@@ -1,6 +1,5 @@
 """Checkpoints that were quantized before: the bundle holds their weights as their own libraries read them, bit for bit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,35 +9,26 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from galerne.cli import main
-from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
-from galerne.export.export import export
 from galerne.export.parity.composed import composed_weights
 from galerne.export.parity.verify import verify
-from galerne.export.prequantized import choose_recipe
 from galerne.optimize.builders.build import build
 from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
-from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.targets import target
 
 Maker = Callable[..., Any]
+Exported = Callable[[Path, Path], Bundle]
 # The parts of each fused product, by the product's name.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "qk_proj": ("q_proj", "k_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-
-
-def exported(folder: Path, out: Path) -> Bundle:
-    checkpoint = open_checkpoint(folder)
-    return export(checkpoint, choose_recipe(checkpoint, None, None), out, chunk=8)
 
 
 def bundle_weights(bundle: Bundle) -> dict[str, Tensor]:
@@ -103,7 +93,7 @@ def slow(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize("group", [32, slow(16)])
-def test_awq(make_awq: Maker, tmp_path: Path, group: int) -> None:
+def test_awq(make_awq: Maker, exported: Exported, tmp_path: Path, group: int) -> None:
     made = make_awq(tmp_path / "awq", group=group)
     bundle = exported(made.folder, tmp_path / "bundle")
     check_weights(bundle, made.weights)
@@ -114,7 +104,7 @@ def test_awq(make_awq: Maker, tmp_path: Path, group: int) -> None:
     check_verified(bundle, made.folder)
 
 
-def test_awq_of_a_family_with_biases(make_awq: Maker, tmp_path: Path) -> None:
+def test_awq_of_a_family_with_biases(make_awq: Maker, exported: Exported, tmp_path: Path) -> None:
     """Qwen2's biases stay floats beside the packed weights."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
@@ -146,7 +136,9 @@ def test_awq_of_a_family_with_biases(make_awq: Maker, tmp_path: Path) -> None:
         ({"symmetric": False, "bits": 8, "group": -1}, "UINT8"),
     ],
 )
-def test_gptq(make_gptq: Maker, tmp_path: Path, options: dict[str, Any], kind: str, version: int) -> None:
+def test_gptq(
+    make_gptq: Maker, exported: Exported, tmp_path: Path, options: dict[str, Any], kind: str, version: int
+) -> None:
     made = make_gptq(tmp_path / "gptq", version=version, **options)
     bundle = exported(made.folder, tmp_path / "bundle")
     check_weights(bundle, made.weights)
@@ -156,7 +148,7 @@ def test_gptq(make_gptq: Maker, tmp_path: Path, options: dict[str, Any], kind: s
 
 
 @pytest.mark.parametrize("desc_act", ["shared", "own"])
-def test_gptq_act_order(make_gptq: Maker, tmp_path: Path, desc_act: str) -> None:
+def test_gptq_act_order(make_gptq: Maker, exported: Exported, tmp_path: Path, desc_act: str) -> None:
     """Where the parts of a fused product share an order it stays one product that reads its input in that order."""
     made = make_gptq(tmp_path / "gptq", desc_act=desc_act, symmetric=False)
     bundle = exported(made.folder, tmp_path / "bundle")
@@ -180,7 +172,7 @@ def test_gptq_act_order(make_gptq: Maker, tmp_path: Path, desc_act: str) -> None
         ("fp8 blocks", "FLOAT8E4M3FN"),
     ],
 )
-def test_compressed(make_compressed: Maker, tmp_path: Path, scheme: str, kind: str) -> None:
+def test_compressed(make_compressed: Maker, exported: Exported, tmp_path: Path, scheme: str, kind: str) -> None:
     """What the library decompresses is rounded to the type of its scales, float16 here; so is what DequantizeLinear gives."""
     made = make_compressed(tmp_path / "compressed", scheme)
     bundle = exported(made.folder, tmp_path / "bundle")
@@ -201,7 +193,9 @@ def test_compressed(make_compressed: Maker, tmp_path: Path, scheme: str, kind: s
         slow("fp8 channels", torch.bfloat16),
     ],
 )
-def test_scales_of_another_type(make_compressed: Maker, tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+def test_scales_of_another_type(
+    make_compressed: Maker, exported: Exported, tmp_path: Path, scheme: str, dtype: torch.dtype
+) -> None:
     """Scales that float16 does not hold exactly are stored in float32, and a Cast follows."""
     made = make_compressed(tmp_path / "compressed", scheme, dtype=dtype)
     bundle = exported(made.folder, tmp_path / "bundle")
@@ -211,7 +205,7 @@ def test_scales_of_another_type(make_compressed: Maker, tmp_path: Path, scheme: 
         check_verified(bundle, made.folder)
 
 
-def test_a_float_beside_its_quantized_neighbours(make_compressed: Maker, tmp_path: Path) -> None:
+def test_a_float_beside_its_quantized_neighbours(make_compressed: Maker, exported: Exported, tmp_path: Path) -> None:
     """Where v_proj was left out, q and k stay one product, and v becomes another."""
     made = make_compressed(tmp_path / "compressed", "int4 groups", skip="v_proj")
     bundle = exported(made.folder, tmp_path / "bundle")
@@ -227,7 +221,9 @@ def test_a_float_beside_its_quantized_neighbours(make_compressed: Maker, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq act-order"])
-def test_cpu_engine_multiplies_packed_weights(make_awq: Maker, make_gptq: Maker, tmp_path: Path, layout: str) -> None:
+def test_cpu_engine_multiplies_packed_weights(
+    make_awq: Maker, make_gptq: Maker, exported: Exported, tmp_path: Path, layout: str
+) -> None:
     """ONNX Runtime fuses every product, with zero points and without, into one that reads packed weights."""
     made = make_awq(tmp_path / "made") if layout == "awq" else make_gptq(tmp_path / "made", desc_act="shared")
     bundle = build(exported(made.folder, tmp_path / "bundle"), target.load("cpu"))
@@ -271,7 +267,7 @@ def test_gptqmodel_reads_what_is_packed_here(make_gptq: Maker, tmp_path: Path, d
 
 
 def test_reference_is_read_apart_from_the_exporter(
-    make_gptq: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_gptq: Maker, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layout that the exporter reads wrongly, here a zero point less one, fails verify."""
     made = make_gptq(tmp_path / "gptq", version=1, symmetric=False)
@@ -283,148 +279,3 @@ def test_reference_is_read_apart_from_the_exporter(
         patch.setattr("galerne.export.checkpoint.layout_gptq._FORMATS", {"gptq": 0, "gptq_v2": 0})
         bundle = exported(made.folder, tmp_path / "bundle")
     assert not verify(bundle, open_checkpoint(made.folder)).passed
-
-
-def test_wide_recipes_are_refused(make_awq: Maker, tmp_path: Path) -> None:
-    made = make_awq(tmp_path / "awq")
-    checkpoint = open_checkpoint(made.folder)
-    with pytest.raises(InputError, match="quantized already with AWQ, and kept as it is; leave --precision int4 out"):
-        choose_recipe(checkpoint, "int4", None)
-    with pytest.raises(InputError, match="leave --recipe int8 out"):
-        choose_recipe(checkpoint, None, "int8")
-    with pytest.raises(InputError, match="the recipe is for another checkpoint"):
-        export(checkpoint, recipe.load("fp16"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("maker", "config", "message"),
-    [
-        (
-            "awq",
-            {"quant_method": "bitsandbytes"},
-            "quant_method: 'bitsandbytes' is not supported; expected awq, gptq, compr",
-        ),
-        ("awq", {"quant_method": None}, "quant_method: None is not supported"),
-        ("awq", {"bits": 3}, "bits: 3 is not supported with awq; expected 4"),
-        ("awq", {"version": "gemv"}, "version: 'gemv' is not supported with awq; expected 'gemm'"),
-        ("gptq", {"bits": 3}, "bits: 3 is not supported with gptq; expected 4 or 8"),
-        ("gptq", {"bits": 8}, "qzeros: shape .*; expected .* at 8 bits"),
-        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format: 'marlin' is not supported"),
-        ("gptq", {"pack_dtype": "int8"}, "pack_dtype: 'int8' is not supported"),
-        ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic: settings for single modules are not supported"),
-        ("compressed", {"format": "nvfp4-pack-quantized"}, "format: 'nvfp4-pack-quantized' is not supported"),
-        ("compressed", {"config_groups": []}, "config_groups: expected a table of tables"),
-        (
-            "compressed",
-            {"config_groups": {"g": {"weights": {"num_bits": 2}}}},
-            "num_bits: 2 of type 'int' is not supported",
-        ),
-        (
-            "compressed",
-            {"transform_config": {"config_groups": {"u": {}}}},
-            "transform_config: weights that were rotated",
-        ),
-        (
-            "compressed",
-            {"sparsity_config": {"format": "sparse-24-bitmask"}},
-            "format 'sparse-24-bitmask' is not supported",
-        ),
-    ],
-)
-def test_a_config_that_is_not_read_is_named(
-    make_awq: Maker,
-    make_gptq: Maker,
-    make_compressed: Maker,
-    tmp_path: Path,
-    maker: str,
-    config: dict[str, Any],
-    message: str,
-) -> None:
-    if maker == "compressed":
-        folder = make_compressed(tmp_path / "made", "int4 groups", **config).folder
-    else:
-        folder = {"awq": make_awq, "gptq": make_gptq}[maker](tmp_path / "made", bits=4).folder
-        table = json.loads((folder / "config.json").read_text())
-        table["quantization_config"] |= config
-        (folder / "config.json").write_text(json.dumps(table))
-    with pytest.raises(InputError, match=message) as caught:
-        open_checkpoint(folder)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
-
-def test_the_command_line_says_it_in_one_line(
-    make_awq: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = make_awq(tmp_path / "awq")
-    for arguments, message in (
-        (["--precision", "int4"], "quantized already with AWQ"),
-        (["--adapter", str(tmp_path / "none")], "an adapter can be merged into floats only"),
-    ):
-        with pytest.raises(SystemExit) as exited:
-            main.run(["export", str(made.folder), "--out", str(tmp_path / "out"), *arguments])
-        captured = capsys.readouterr()
-        assert exited.value.code == 2 and captured.out == ""
-        assert message in captured.err and captured.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def _damage(part: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], None]:
-    def run(tensors: dict[str, Tensor]) -> None:
-        name = f"model.layers.1.mlp.up_proj.{part}"
-        changed = change(tensors.pop(name))
-        if changed is not None:
-            tensors[name] = changed
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_damage("scales", lambda _: None), "up_proj.scales: missing, but .*up_proj.* is there"),
-        (
-            _damage("scales", lambda tensor: tensor[:, :-8].contiguous()),
-            r"up_proj.scales: shape .*; expected \[4, 160\] from",
-        ),
-        (_damage("qzeros", lambda tensor: tensor[:-1].contiguous()), "up_proj.qzeros: shape .*; expected"),
-        (
-            _damage("qweight", lambda tensor: tensor[:-1].contiguous()),
-            "up_proj.scales: 4 groups do not divide 120 input|g_idx",
-        ),
-        (_damage("qweight", lambda tensor: tensor.float()), "up_proj.qweight: type float32; expected int32"),
-        (_damage("scales", lambda tensor: tensor * float("nan")), "up_proj.scales: holds NaN or infinity"),
-        (
-            _damage("g_idx", lambda tensor: tensor * 0),
-            "up_proj.g_idx: expected 4 groups of 32 input features, found others",
-        ),
-        (
-            _damage("qzeros", lambda tensor: tensor * 0 - 1),
-            "up_proj.qzeros: a zero point of 0, which libraries read differently",
-        ),
-    ],
-)
-def test_damaged_tensors_are_named_and_leave_nothing(
-    make_gptq: Maker, tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], message: str
-) -> None:
-    folder = make_gptq(tmp_path / "gptq").folder
-    tensors = load_file(folder / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=message) as caught:
-        exported(folder, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
-
-
-def test_a_bias_is_refused_unless_it_is_zero(make_gptq: Maker, tmp_path: Path) -> None:
-    """auto-gptq stores biases of zeros where the model has none."""
-    folder = make_gptq(tmp_path / "gptq").folder
-    tensors = load_file(folder / "model.safetensors")
-    bias = tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(160, dtype=torch.float16)
-    save_file(tensors, folder / "model.safetensors")
-    exported(folder, tmp_path / "out")
-    bias[3] = 1
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"up_proj.bias: no part of a MistralForCausalLM"):
-        exported(folder, tmp_path / "other")
