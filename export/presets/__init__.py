@@ -1,1 +1,1 @@
-"""One config.json for each preset of `galerne synth`, as the original checkpoint has it."""
+"""One config.json for each preset of `galerne synth`: the original checkpoint's sizes."""
