@@ -1,8 +1,8 @@
 """Checkpoints of known shapes with random weights, for sizing: what the original takes, without the original.
 
 A preset is a `config.json` that was written after the original's, without a copy of it at hand: the tests hold the number of
-weights that it gives against the published one, and no more. Names and shapes of the tensors come from transformers' own class, built on the meta
-device, so a preset needs nothing else and works whether or not Galerne exports its family yet.
+weights that it gives against the published one, and no more. Names and shapes of the tensors come from transformers' own
+class, built on the meta device, so a preset needs nothing else and works whether or not Galerne exports its family yet.
 """
 
 import hashlib
