@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from galerne.errors import InputError
@@ -11,8 +11,59 @@ from galerne.targets import tables
 Kind = Literal["cpu", "datacenter", "workstation", "jetson"]
 Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
 NumberType = Literal["float32", "float16", "bfloat16", "int8", "int4", "fp8", "fp4"]
+Dialect = Literal["opset24", "primitive"]
 
 _DATA = "galerne.targets.data"
+# Figures that need a source, where a file has them.
+_FIGURES = (
+    "compute_capability",
+    "memory_bytes",
+    "reserved_bytes",
+    "bandwidth_bytes_per_s",
+    "dense_ops_per_s",
+    "power_modes",
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Software that builds and runs engines on a device.
+
+    name: such as "jetpack-6.2"; unique within the file.
+    version: of the backend, as far as it counts, such as "10.3"; null where any will do.
+    types: number types of weights and activations that the backend takes on this device.
+    operators: the table under operators/ that says what its parser reads; null where there is none.
+    dialect: the newest dialect of the graph that it reads.
+    builds_on: "any" where an engine can be built on another machine without this device's GPU, "gpu" where on any machine
+        with a GPU of the same kind, "device" where only on the box itself.
+    cuda, python: versions that come with it; null where it fixes none.
+    source: where this comes from, one line each.
+    """
+
+    name: str
+    backend: Backend
+    types: tuple[NumberType, ...]
+    dialect: Dialect
+    builds_on: Literal["any", "gpu", "device"]
+    source: tuple[str, ...]
+    version: str | None = None
+    operators: str | None = None
+    cuda: str | None = None
+    python: str | None = None
+
+
+@dataclass(frozen=True)
+class PowerMode:
+    """A power mode of a box.
+
+    number: what `nvpmodel -m` takes. watts: null where it has no budget of its own.
+    bandwidth_bytes_per_s: where it differs from the device's.
+    """
+
+    name: str
+    number: int
+    watts: int | None = None
+    bandwidth_bytes_per_s: int | None = None
 
 
 @dataclass(frozen=True)
@@ -21,23 +72,47 @@ class Target:
 
     name: as in `--target`; also the file's stem.
     title: the vendor's name of it.
-    source: where the figures come from, one line each.
-    types: number types of weights and activations that the backend builds for it.
+    stacks: the first is the default.
+    sources: for each figure's key where it comes from.
     compute_capability: such as "8.9"; null on a CPU.
-    memory_bytes: the data sheet's figure, its GB read as 10^9 bytes. The chips hold 7 % more; error correction and the
-        driver take about that much. Null on a CPU: the machine's own memory counts.
+    memory_bytes: the data sheet's figure. Null on a CPU: the machine's own memory counts.
+    reserved_bytes: what the system, the driver and a CUDA context take of that before an engine is loaded.
+    unified_memory: whether CPU and GPU share the memory.
     bandwidth_bytes_per_s: peak of the memory, from the data sheet. Null on a CPU, where it is measured on the spot.
+    dense_ops_per_s: peak without sparsity by type, a multiplication and an addition counted as two.
+    power_modes: of a box that has them, the strongest first.
     """
 
     name: str
     title: str
     kind: Kind
-    backend: Backend
-    types: tuple[NumberType, ...]
-    source: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    sources: dict[str, str] = field(default_factory=dict)
     compute_capability: str | None = None
     memory_bytes: int | None = None
+    reserved_bytes: int | None = None
+    unified_memory: bool = False
     bandwidth_bytes_per_s: int | None = None
+    dense_ops_per_s: dict[str, int] = field(default_factory=dict)
+    power_modes: tuple[PowerMode, ...] = ()
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What is left of the memory for engines; null on a CPU."""
+        return None if self.memory_bytes is None else self.memory_bytes - (self.reserved_bytes or 0)
+
+    def stack(self, name: str | None = None) -> Stack:
+        """Return a stack by its name, by default the first.
+
+        Raises: InputError if there is none of that name.
+        """
+        if name is None:
+            return self.stacks[0]
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        there = ", ".join(stack.name for stack in self.stacks)
+        raise InputError(f"--stack: {self.name} has no stack named {name!r}; there are: {there}")
 
 
 def names() -> list[str]:
@@ -69,17 +144,42 @@ def parse(text: str, name: str) -> Target:
     Raises: InputError naming the file and the field.
     """
     where = f"targets/data/{name}.toml"
-    target = tables.parse(Target, text, name, where, ("title", "types", "source"))
-    for field in ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s"):
-        value = getattr(target, field)
+    target = tables.parse(Target, text, name, where, ("title", "stacks"))
+    for key in ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s"):
+        value = getattr(target, key)
         if (value is None) != (target.kind == "cpu"):
             expected = "nothing, since a CPU's is measured on the spot" if target.kind == "cpu" else "a value"
-            raise InputError(f"{where}: {field}: expected {expected}, found {value!r}")
-        if isinstance(value, int) and value <= 0:
-            raise InputError(f"{where}: {field}: expected a positive number, found {value}")
+            raise InputError(f"{where}: {key}: expected {expected}, found {value!r}")
+    for key in ("memory_bytes", "reserved_bytes", "bandwidth_bytes_per_s"):
+        value = getattr(target, key)
+        if value is not None and value <= 0:
+            raise InputError(f"{where}: {key}: expected a positive number, found {value}")
     capability = target.compute_capability
     if capability is not None and not re.fullmatch(r"[0-9]+\.[0-9]", capability):
         raise InputError(f'{where}: compute_capability: expected a form like "8.9", found {capability!r}')
-    if (target.backend == "onnxruntime") != (target.kind == "cpu"):
-        raise InputError(f"{where}: backend: expected onnxruntime on a CPU and there only, found {target.backend!r}")
+    _check_sources(target, where)
+    _check_stacks(target, where)
     return target
+
+
+def _check_sources(target: Target, where: str) -> None:
+    for key in _FIGURES:
+        if getattr(target, key) and not target.sources.get(key):
+            raise InputError(f"{where}: sources: expected where {key} comes from, found nothing")
+    for key in target.sources:
+        if key not in _FIGURES:
+            raise InputError(f"{where}: sources: {key!r} is no figure; allowed: {', '.join(_FIGURES)}")
+
+
+def _check_stacks(target: Target, where: str) -> None:
+    names: set[str] = set()
+    for i, stack in enumerate(target.stacks):
+        at = f"{where}: stacks[{i}]"
+        for key in ("types", "source"):
+            if not getattr(stack, key):
+                raise InputError(f"{at}: {key}: expected at least one, found none")
+        if (stack.backend == "onnxruntime") != (target.kind == "cpu"):
+            raise InputError(f"{at}: backend: expected onnxruntime on a CPU and there only, found {stack.backend!r}")
+        if stack.name in names:
+            raise InputError(f"{at}: name: expected one of its own, found {stack.name!r} again")
+        names.add(stack.name)

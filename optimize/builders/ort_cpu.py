@@ -15,14 +15,14 @@ from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.cpu import cpu_features
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of, parity_of
-from galerne.targets.target import Target
+from galerne.targets.target import Stack, Target
 
 ENGINE_GRAPH, ENGINE_WEIGHTS = "engine.onnx", "engine.bin"
 # Smaller tensors stay inside the graph file.
 _EXTERNAL_FROM_BYTES = 1024
 
 
-def build_ort_cpu(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
+def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) -> EngineRecord:
     """Build the engine into `folder`, which exists and is empty.
 
     Raises: BackendError if ONNX Runtime cannot optimize the graph.

@@ -20,7 +20,7 @@ from galerne.progress import Task
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, Profile, inputs_of, parity_of
 from galerne.runtime.manifest import layer_kinds
-from galerne.targets.target import Target, load_all
+from galerne.targets.target import Stack, Target, load_all
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class EngineFile:
     validity: Validity
 
 
-def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRecord:
+def build_tensorrt_rtx(bundle: Bundle, target: Target, stack: Stack, folder: Path) -> EngineRecord:
     """Build the bundle's graph for a target and write `engine.plan` into a folder.
 
     Two profiles, each for one sequence (B = 1, K = 1): `decode` for one token and `prefill` for 1 to `chunk` tokens.
@@ -61,20 +61,19 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
     Args:
         folder: an existing folder, where only this build writes. The caller adds the record and enters both.
     Returns: the engine's record.
-    Raises: InputError if the target is not one for TensorRT-RTX or lacks a type that the graph uses, or the graph has
-        adapter slots; BackendError if
+    Raises: InputError if the target lacks a type that the graph uses, or the graph has adapter slots; BackendError if
         TensorRT-RTX is not installed, does not build for the target, refuses a node, or fails.
     """
     if bundle.manifest.graph.adapter_slots:
         raise InputError(
-            f"{bundle.path}: has adapter slots, which the {target.backend} builder does not take; merge the adapter instead: "
+            f"{bundle.path}: has adapter slots, which the {stack.backend} builder does not take; merge the adapter instead: "
             "`galerne export --adapter`"
         )
     try:
         model = onnx.load(str(bundle.file(GRAPH)), load_external_data=False)
     except DecodeError as exc:
         raise InputError(f"{bundle.file(GRAPH)}: not an ONNX graph ({exc}); export the bundle again") from exc
-    _check_target(model, bundle, target)
+    _check_types(model, bundle, target, stack)
     trt = _import()
     hooks = importlib.import_module("galerne.optimize.builders.tensorrt_hooks")
     capability = _capability(trt, target)
@@ -124,6 +123,7 @@ def build_tensorrt_rtx(bundle: Bundle, target: Target, folder: Path) -> EngineRe
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
         options=options,
+        stack=stack.name,
     )
 
 
@@ -151,19 +151,19 @@ def inspect_engine(path: Path) -> EngineFile:
     return EngineFile(path.stat().st_size, names.get(validity, "unknown"))
 
 
-def _check_target(model: onnx.ModelProto, bundle: Bundle, target: Target) -> None:
-    if target.backend != "tensorrt_rtx":
-        raise InputError(
-            f"--target {target.name}: its backend is {target.backend}, expected tensorrt_rtx; see `galerne targets`"
-        )
+def _check_types(model: onnx.ModelProto, bundle: Bundle, target: Target, stack: Stack) -> None:
     used = {_TYPES[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in _TYPES}
     # A norm's weights are float32 in every graph, and every GPU takes those; what a MatMul takes is the compute type.
     for name in sorted(used - {"float32"} | {bundle.manifest.graph.compute_type}):
-        if name not in target.types:
-            others = [t.name for t in load_all() if t.backend == target.backend and name in t.types]
-            precisions = [precision for kind, precision in _PRECISIONS.items() if kind in target.types]
+        if name not in stack.types:
+            others = [
+                other.name
+                for other in load_all()
+                if any(s.backend == stack.backend and name in s.types for s in other.stacks)
+            ]
+            precisions = [precision for kind, precision in _PRECISIONS.items() if kind in stack.types]
             raise InputError(
-                f"{bundle.path}: the graph uses {name}, which {target.name} lacks; it takes {', '.join(target.types)}: "
+                f"{bundle.path}: the graph uses {name}, which {target.name} lacks; it takes {', '.join(stack.types)}: "
                 f"export with --precision {' or '.join(precisions)}, or choose among {', '.join(others)}"
             )
 

@@ -38,6 +38,11 @@ class EngineRecord:
     inputs: hex SHA-256 of each file of the bundle that it was built from, by its path in the bundle.
     options: what the builder was told.
     parity: the bundle's "portable" verdict when the engine was built.
+    stack: the name of the target's software stack that it was built for.
+    hardware_compatibility: which other GPUs TensorRT was told to make it run on.
+    version_compatible: whether TensorRT was told to make it load in later versions of the same major version.
+    weights: "inside" the engine; "streamed" from host memory under a budget; or "stripped", to be refitted from the
+        bundle's `weights.bin`.
     """
 
     schema_version: int
@@ -51,6 +56,10 @@ class EngineRecord:
     inputs: dict[str, str]
     parity: Parity
     options: dict[str, Any] = field(default_factory=dict)
+    stack: str = ""
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    version_compatible: bool = False
+    weights: Literal["inside", "streamed", "stripped"] = "inside"
 
     def to_json(self) -> bytes:
         """Return the record as UTF-8 JSON; the same record gives the same bytes."""

@@ -9,12 +9,30 @@ GOOD = """
 name = "box"
 title = "A box"
 kind = "datacenter"
-backend = "tensorrt_rtx"
 compute_capability = "8.9"
 memory_bytes = 24_000_000_000
 bandwidth_bytes_per_s = 300_000_000_000
+
+[sources]
+compute_capability = "its data sheet"
+memory_bytes = "its data sheet"
+bandwidth_bytes_per_s = "its data sheet"
+
+[[stacks]]
+name = "rtx"
+backend = "tensorrt_rtx"
 types = ["float16", "int8"]
-source = ["its data sheet"]
+dialect = "opset24"
+builds_on = "any"
+source = ["its manual"]
+
+[[stacks]]
+name = "other"
+backend = "tensorrt"
+types = ["float16"]
+dialect = "primitive"
+builds_on = "device"
+source = ["its manual"]
 """
 
 
@@ -59,11 +77,23 @@ def test_an_unknown_name_gets_the_list_and_a_suggestion() -> None:
         ("300_000_000_000", "-1", "bandwidth_bytes_per_s: expected a positive number"),
         ('"datacenter"', '"cpu"', "compute_capability: expected nothing"),
         ("title =", "title", "not TOML"),
+        ('memory_bytes = "its data sheet"', "", "sources: expected where memory_bytes comes from"),
+        ('memory_bytes = "its data sheet"', 'memory = "its data sheet"', "sources: "),
+        ('name = "other"', 'name = "rtx"', r"stacks\[1\]: name: expected one of its own, found 'rtx' again"),
+        ('source = ["its manual"]', "source = []", r"stacks\[0\]: source: expected at least one"),
+        ('types = ["float16", "int8"]', "types = []", r"stacks\[0\]: types: expected at least one"),
     ],
 )
 def test_a_bad_file_names_its_field(old: str, new: str, message: str) -> None:
-    assert parse(GOOD, "box").types == ("float16", "int8")
+    assert parse(GOOD, "box").stack().types == ("float16", "int8")
     assert old in GOOD
     with pytest.raises(InputError, match=message) as caught:
         parse(GOOD.replace(old, new, 1), "box")
     assert "targets/data/box.toml" in str(caught.value)
+
+
+def test_a_stack_is_found_by_its_name_and_an_unknown_one_gets_the_list() -> None:
+    target = parse(GOOD, "box")
+    assert target.stack("other").backend == "tensorrt"
+    with pytest.raises(InputError, match="--stack: box has no stack named 'x'; there are: rtx, other"):
+        target.stack("x")

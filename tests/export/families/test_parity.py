@@ -219,7 +219,8 @@ def test_tensorrt_rtx_builds_it_ahead_of_time(tmp_path: Path, family: str) -> No
     pytest.importorskip("tensorrt_rtx", reason="lacks tensorrt-rtx-cu13")
     checkpoint = open_checkpoint(save(tmp_path / "checkpoint", family, seed=0))
     bundle = export(checkpoint, recipe.load("fp16"), tmp_path / "bundle", chunk=16)
-    record = build_tensorrt_rtx(bundle, load("rtx-4090"), tmp_path)
+    target = load("rtx-4090")
+    record = build_tensorrt_rtx(bundle, target, target.stack(), tmp_path)
     assert record.compute_capability == "8.9"
 
 

@@ -165,7 +165,8 @@ def list_files(folder: Path, compute: FloatType = "float16") -> Bundle:
 def build(bundle: Bundle, name: str) -> tuple[EngineRecord, Path]:
     folder = bundle.path / "engine"
     folder.mkdir(exist_ok=True)
-    return builder.build_tensorrt_rtx(bundle, load(name), folder), folder / builder.ENGINE
+    target = load(name)
+    return builder.build_tensorrt_rtx(bundle, target, target.stack(), folder), folder / builder.ENGINE
 
 
 @rtx
@@ -256,11 +257,6 @@ def test_a_type_that_the_target_lacks_is_refused_first(
     assert list((tmp_path / "engine").iterdir()) == []
 
 
-def test_a_target_of_another_backend_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--target cpu: its backend is onnxruntime, expected tensorrt_rtx"):
-        build(make_bundle(tmp_path), "cpu")
-
-
 def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendError, match=r"install galerne\[rtx\]"):
@@ -272,7 +268,7 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch
 def test_a_capability_that_it_does_not_build_for_is_named(tmp_path: Path) -> None:
     orin = dataclasses.replace(load("l4"), name="orin", compute_capability="8.7")
     with pytest.raises(BackendError, match=r"--target orin: .*builds for compute capability 7\.5, 8\.0.*found 8\.7"):
-        builder.build_tensorrt_rtx(make_bundle(tmp_path), orin, tmp_path)
+        builder.build_tensorrt_rtx(make_bundle(tmp_path), orin, orin.stack(), tmp_path)
 
 
 def change(bundle: Bundle, kind: str, **attributes: object) -> Bundle:
