@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from galerne.errors import InputError
-from galerne.targets import tables
+from galerne.targets import operator_table, tables
 
 Kind = Literal["cpu", "datacenter", "workstation", "jetson"]
 Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
@@ -75,11 +75,11 @@ class Target:
     stacks: the first is the default.
     sources: for each figure's key where it comes from.
     compute_capability: such as "8.9"; null on a CPU.
-    memory_bytes: the data sheet's figure. Null on a CPU: the machine's own memory counts.
+    memory_bytes: what is built in, the data sheet's gigabytes of 2^30 bytes. Null on a CPU: the machine's own memory counts.
     reserved_bytes: what the system, the driver and a CUDA context take of that before an engine is loaded.
     unified_memory: whether CPU and GPU share the memory.
     bandwidth_bytes_per_s: peak of the memory, from the data sheet. Null on a CPU, where it is measured on the spot.
-    dense_ops_per_s: peak without sparsity by type, a multiplication and an addition counted as two.
+    dense_ops_per_s: peak without sparsity by type, a multiplication and an addition counted as two, in the strongest power mode.
     power_modes: of a box that has them, the strongest first.
     """
 
@@ -180,6 +180,9 @@ def _check_stacks(target: Target, where: str) -> None:
                 raise InputError(f"{at}: {key}: expected at least one, found none")
         if (stack.backend == "onnxruntime") != (target.kind == "cpu"):
             raise InputError(f"{at}: backend: expected onnxruntime on a CPU and there only, found {stack.backend!r}")
+        if stack.operators is not None and stack.operators not in operator_table.names():
+            there = ", ".join(operator_table.names())
+            raise InputError(f"{at}: operators: expected one of {there}, found {stack.operators!r}")
         if stack.name in names:
             raise InputError(f"{at}: name: expected one of its own, found {stack.name!r} again")
         names.add(stack.name)

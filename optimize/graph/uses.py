@@ -1,11 +1,14 @@
 """Reads a graph the way that an operator table of `targets/operators/` speaks of one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, defs, shape_inference
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
 
-from galerne.targets.operator_table import Use
+from galerne.errors import InputError
+from galerne.targets.operator_table import Input, Use
 
 _TYPES = {
     TensorProto.FLOAT: "float32",
@@ -28,25 +31,59 @@ def uses_of(path: Path) -> tuple[int, list[Use]]:
 
     Args:
         path: of the ONNX file; its external data is not read.
+    Raises: InputError if it is no valid ONNX graph.
     """
-    model = shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False), strict_mode=True)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        model = shape_inference.infer_shapes(model, strict_mode=True)
+    except (DecodeError, shape_inference.InferenceError) as exc:
+        raise InputError(f"{path}: not a valid ONNX graph ({' '.join(str(exc).split())}); export it again") from exc
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    graph = model.graph
-    constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    values = (*graph.input, *graph.output, *graph.value_info)
-    types = constants | {value.name: value.type.tensor_type.elem_type for value in values}
-    return opset, [
-        Use(
-            node=node.name,
-            operator=node.op_type,
-            types=tuple(_TYPES.get(types[name], TensorProto.DataType.Name(types[name])) for name in _data(node)),
-            since=_since(node.op_type, opset),
-            inputs=len(node.input),
-            constant_inputs=tuple(i for i, name in enumerate(node.input) if name in constants),
-            attributes=tuple(attribute.name for attribute in node.attribute),
+    values = _values(model.graph)
+    return opset, [_use(node, opset, values) for node in model.graph.node]
+
+
+def _use(node: onnx.NodeProto, opset: int, values: Mapping[str, Input]) -> Use:
+    unknown = Input(None)
+    return Use(
+        node=node.name,
+        operator=node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}",
+        types=tuple(kind for name in _data(node) if (kind := values.get(name, unknown).type) is not None),
+        since=_since(node.op_type, opset) if node.domain in ("", "ai.onnx") else 1,
+        inputs=tuple(values.get(name, unknown) if name else None for name in node.input),
+        outputs=sum(map(bool, node.output)),
+        attributes={attribute.name: _value(attribute) for attribute in node.attribute},
+    )
+
+
+def _values(graph: onnx.GraphProto) -> dict[str, Input]:
+    """Return what is known of each value by its name: constants, inputs, outputs and what shape inference found."""
+    found = {}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        tensor = value.type.tensor_type
+        found[value.name] = Input(
+            _type_name(tensor.elem_type), len(tensor.shape.dim) if tensor.HasField("shape") else None
         )
-        for node in graph.node
-    ]
+    for tensor in graph.initializer:
+        found[tensor.name] = Input(_type_name(tensor.data_type), len(tensor.dims), constant=True, zero=_is_zero(tensor))
+    return found
+
+
+def _type_name(element: int) -> str | None:
+    if element == TensorProto.UNDEFINED:
+        return None
+    return _TYPES.get(element, TensorProto.DataType.Name(element).lower())
+
+
+def _is_zero(tensor: TensorProto) -> bool:
+    """Whether all values of a constant are zero; of external data, which is not read, they are taken not to be."""
+    external = tensor.data_location == TensorProto.EXTERNAL
+    return not external and not numpy_helper.to_array(tensor).astype("float32").any()
+
+
+def _value(attribute: onnx.AttributeProto) -> object:
+    value = helper.get_attribute_value(attribute)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _data(node: onnx.NodeProto) -> list[str]:

@@ -45,9 +45,11 @@ def test_l4_has_its_data_sheets_figures() -> None:
     target = load("l4")
     assert (target.compute_capability, target.memory_bytes, target.bandwidth_bytes_per_s) == (
         "8.9",
-        24 * 10**9,
+        24 * 2**30,
         3 * 10**11,
     )
+    # nvidia-smi counts 23034 MiB, of which a CUDA context takes 512.
+    assert target.usable_bytes == (23034 - 512) * 2**20
 
 
 def test_the_cpu_leaves_what_is_measured_on_the_spot_open() -> None:
