@@ -27,6 +27,10 @@ RunAdapter = Annotated[
         help="A LoRA adapter, as peft saves it, for a bundle exported with --adapter-slots.",
     ),
 ]
+Stack = Annotated[
+    str | None,
+    typer.Option("--stack", metavar="NAME", help="Which of the target's software stacks; the first by default."),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime; one for each core by default.", min=1)]
 
 

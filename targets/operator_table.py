@@ -1,6 +1,7 @@
 """Which ONNX operators and types an engine builder's parser reads: one TOML file under operators/ each."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -123,8 +124,9 @@ def names() -> list[str]:
     return tables.names(_DATA)
 
 
+@functools.cache
 def load(name: str) -> OperatorTable:
-    """Read a table by its name, with what it takes over from its base.
+    """Read a table by its name, with what it takes over from its base. It is read once, so it must not be changed.
 
     Raises: InputError if there is none of that name, or its file breaks a rule.
     """

@@ -68,6 +68,20 @@ def bundle_of(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def primitive_of(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Return the checkpoint's bundle of a recipe in the primitive dialect; made once, so tests must not change it."""
+    made: dict[str, Bundle] = {}
+
+    def get(name: str) -> Bundle:
+        if name not in made:
+            out, checkpoint = tmp_path_factory.mktemp("primitive") / name, open_checkpoint(checkpoint_folder)
+            made[name] = export(checkpoint, recipe.load(name), out, chunk=CHUNK, dialect="primitive")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def heavy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose one run of 2,048 tokens takes a core some hundred milliseconds, in which nothing can come between."""
     folder = tmp_path_factory.mktemp("heavy")

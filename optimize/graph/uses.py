@@ -10,7 +10,7 @@ from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
 from galerne.errors import InputError
 from galerne.targets.operator_table import Input, Use
 
-_TYPES = {
+_TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -72,7 +72,7 @@ def _values(graph: onnx.GraphProto) -> dict[str, Input]:
 def _type_name(element: int) -> str | None:
     if element == TensorProto.UNDEFINED:
         return None
-    return _TYPES.get(element, TensorProto.DataType.Name(element).lower())
+    return _TYPES.get(element) or str(TensorProto.DataType.Name(element)).lower()
 
 
 def _is_zero(tensor: TensorProto) -> bool:

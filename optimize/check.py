@@ -1,0 +1,108 @@
+"""Holds a graph against what a target's software is known to take, before anything is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from galerne.optimize.graph.uses import uses_of
+from galerne.targets import operator_table
+from galerne.targets.operator_table import Departure, Use, departures
+from galerne.targets.target import Stack, Target, load_all
+
+# What the newer dialect has of its own; the primitive one spells these out.
+_NEWER = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter")
+# Operators that compute on the tensor cores or read weights, so that the device must have their type.
+_PRODUCTS = ("MatMul", "Gemm", "Attention")
+_QUANTIZED = ("DequantizeLinear", "QuantizeLinear")
+# What `galerne export --precision` asks of a device.
+_PRECISIONS = {
+    "int4": {"int4", "int8", "float16"},
+    "int8": {"int8", "float16"},
+    "fp16": {"float16"},
+    "bf16": {"bfloat16"},
+    "fp32": {"float32"},
+}
+_DEVICE, _SHOWN = "device", 4
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing in a graph that a stack does not take.
+
+    node, operator: null where it is the whole graph. alternative: what to do about it.
+    """
+
+    node: str | None
+    operator: str | None
+    found: str
+    expected: str
+    alternative: str
+
+    @property
+    def line(self) -> str:
+        """All of it for a person."""
+        return f"{Departure(self.node, self.operator, '', self.found, self.expected)}: {self.alternative}"
+
+
+def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
+    """Return what a stack of a target does not take of a graph, none if it takes all.
+
+    The graph is the portable one. What the lowering for TensorRT adds to it, a Where for the mask and an attribute that lets
+    attention be decomposed, every parser reads.
+
+    Args:
+        graph: of the ONNX file; its external data is not read.
+        stack: one of the target's.
+    Raises: InputError if it is no valid ONNX graph.
+    """
+    opset, uses = uses_of(graph)
+    by_node = {use.node: use for use in uses}
+    ways: dict[tuple[str | None, str, str], str] = {}  # layers repeat each other
+    refusals = []
+    for departure in _departures(stack, opset, uses):
+        kind = departure.operator, departure.kind, departure.found
+        if kind not in ways:
+            ways[kind] = _alternative(departure, by_node.get(departure.node or ""), opset, target, stack)
+        refusals.append(Refusal(departure.node, departure.operator, departure.found, departure.expected, ways[kind]))
+    return refusals
+
+
+def _departures(stack: Stack, opset: int, uses: list[Use]) -> list[Departure]:
+    table = None if stack.operators is None else operator_table.load(stack.operators)
+    found = [] if table is None else departures(table, opset, uses)
+    taken = {departure.node for departure in found}
+    return found + [
+        Departure(use.node, use.operator, _DEVICE, kind, " or ".join(stack.types))
+        for use in uses
+        if use.node not in taken
+        for kind in _device_types(use)
+        if kind not in stack.types
+    ]
+
+
+def _device_types(use: Use) -> list[str]:
+    """Return the types that the device itself must have for a node."""
+    if use.operator == "QuantizeLinear":  # what it gives is the type of its zero point
+        return [given.type for given in use.inputs[2:3] if given is not None and given.type is not None]
+    return list(use.types[:1]) if use.operator in _PRODUCTS or use.operator in _QUANTIZED else []
+
+
+def _alternative(departure: Departure, use: Use | None, opset: int, target: Target, stack: Stack) -> str:
+    ways = []
+    if departure.operator in _NEWER and departure.kind != _DEVICE:
+        ways.append("export with --dialect primitive")
+    if departure.kind == _DEVICE:
+        fitting = [name for name, needed in _PRECISIONS.items() if needed <= set(stack.types)]
+        ways.append(f"export with --precision {' or '.join(fitting)}")
+    if use is not None:
+        others = [s.name for s in target.stacks if s != stack and not _departures(s, opset, [use])]
+        if others:
+            ways.append(f"choose --stack {' or '.join(others)}")
+        elif departure.kind == _DEVICE:
+            able = [
+                t.name
+                for t in load_all()
+                if any(s.backend == stack.backend and departure.found in s.types for s in t.stacks)
+            ]
+            if able:
+                ways.append(f"choose another target: {', '.join(able[:_SHOWN])}{', …' if len(able) > _SHOWN else ''}")
+    return ", or ".join(ways) or "export it again: `galerne export` writes nothing of the kind"
