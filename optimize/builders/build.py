@@ -1,48 +1,108 @@
 """Builds the engine of a bundle for a target and enters it into the bundle."""
 
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
-from galerne.errors import CheckFailed, InputError
+from galerne.errors import BackendError, CheckFailed, InputError
 from galerne.files import staged_folder
-from galerne.runtime.bundle import ENGINES, Bundle
+from galerne.optimize.builders.tensorrt.build_plan import NETWORK
+from galerne.optimize.builders.tensorrt.compile import TIMING_CACHE, Timings, compile_plan
+from galerne.optimize.builders.tensorrt.library import TITLES, import_library, is_version
+from galerne.optimize.builders.tensorrt.options import Options
+from galerne.optimize.builders.tensorrt.plan import plan
+from galerne.runtime.bundle import ENGINES, WEIGHTS, Bundle
 from galerne.runtime.engines.record import RECORD, EngineRecord, parity_of
 from galerne.targets.target import Stack, Target
 
-Builder = Callable[[Bundle, Target, Stack, Path], EngineRecord]
+
+def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
+    """Return one of the target's stacks, and why it.
+
+    Without a name it is the first whose builder is installed here; for a box, in the version that the box has.
+
+    Raises: InputError if there is none of that name.
+    """
+    if name is not None:
+        return target.stack(name), "as --stack says"
+    for stack in target.stacks:
+        if stack.backend == "onnxruntime":
+            return stack, "it needs nothing else"
+        try:
+            library = import_library(stack.backend)
+        except BackendError:
+            continue
+        if stack.builds_on != "device" or stack.version is None or is_version(library.version, stack.version):
+            return stack, f"{library.title} is installed here"
+    first = target.stacks[0]
+    return first, f"its first; {TITLES.get(first.backend, first.backend)} is not installed here, nor another's builder"
 
 
-def build(bundle: Bundle, target: Target, *, stack: str | None = None, force: bool = False) -> Bundle:
+def build(
+    bundle: Bundle,
+    target: Target,
+    *,
+    stack: Stack | None = None,
+    options: Options | None = None,
+    locked: bool = False,
+    force: bool = False,
+) -> Bundle:
     """Build an engine into `engines/<target>` and return the bundle that lists it.
 
     Args:
-        stack: the name of one of the target's, by default its first.
+        stack: one of the target's, by default what `choose_stack` gives.
+        options: of an engine for a GPU.
+        locked: fail where the timing cache of the engine that is there lacks what the build needs, so that a rebuild is the same.
         force: replace an engine that is there, and build from a bundle whose parity check failed.
     Raises: InputError if there is one already or the target cannot take the bundle, CheckFailed if the bundle failed its
         parity check, BackendError if the builder is missing or fails.
     """
-    if target.name in bundle.engines() and not force:
+    # A locked build makes the same again: it is there to replace what is there.
+    if target.name in bundle.engines() and not force and not locked:
         raise InputError(f"{bundle.path}: has an engine for {target.name} already; build it anew with --force")
     if parity_of(bundle) == "failed" and not force:
         raise CheckFailed(f"{bundle.path}: its parity check failed, so no engine is built from it (--force overrides)")
-    chosen = target.stack(stack)
+    chosen = stack or choose_stack(target)[0]
     folder = f"{ENGINES}/{target.name}"
     bundle.file(ENGINES).mkdir(exist_ok=True)
+    timings = _timings(bundle, target, chosen, locked)
     with staged_folder(bundle.file(folder), replace=True) as staging:
-        record = _builder(chosen)(bundle, target, chosen, staging)
+        record = _build(bundle, target, chosen, staging, options or Options(), timings)
         (staging / RECORD).write_bytes(record.to_json())
     files = sorted(path.name for path in bundle.file(folder).iterdir())
     return bundle.with_files(folder, [f"{folder}/{name}" for name in files])
 
 
-def _builder(stack: Stack) -> Builder:
-    """Import the builder of the stack's backend: each brings a library that may be missing."""
+def _timings(bundle: Bundle, target: Target, stack: Stack, locked: bool) -> Timings:
+    if locked and stack.backend != "tensorrt":
+        raise InputError(
+            f"--locked: {TITLES.get(stack.backend, stack.backend)} measures nothing while it builds, so there is no timing cache "
+            "to hold it to; leave it out"
+        )
+    name = f"{ENGINES}/{target.name}/{TIMING_CACHE}"
+    if stack.backend == "tensorrt" and name in bundle.manifest.files:
+        bundle.verify_hashes([name])
+        return Timings(bundle.file(name).read_bytes(), locked)
+    if locked:
+        raise InputError(
+            f"--locked: {bundle.path / name}: no timing cache of an earlier build; build without --locked first"
+        )
+    return Timings()
+
+
+def _build(
+    bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Options, timings: Timings
+) -> EngineRecord:
+    """Build with the stack's backend: each brings a library that may be missing."""
     if stack.backend == "onnxruntime":
+        if options != Options():
+            raise InputError(f"--target {target.name}: takes no options of a GPU's engine; leave them out")
         from galerne.optimize.builders.ort_cpu import build_ort_cpu
 
-        return build_ort_cpu
-    if stack.backend == "tensorrt_rtx":
-        from galerne.optimize.builders.tensorrt_rtx import build_tensorrt_rtx
-
-        return build_tensorrt_rtx
-    raise InputError(f"--stack {stack.name}: no builder for its backend {stack.backend!r} in this version of Galerne")
+        return build_ort_cpu(bundle, target, stack, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = plan(bundle, target, stack, Path(scratch), options)
+        network = Path(scratch) / NETWORK
+        record = compile_plan(made, network, bundle.file(WEIGHTS), folder, timings)
+        if made.weights == "stripped":  # whoever refits the engine reads the weights' names there
+            network.rename(folder / NETWORK)
+    return record

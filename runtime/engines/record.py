@@ -1,5 +1,6 @@
 """What `engines/NAME/engine.json` holds: how an engine was built, and from which bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +15,21 @@ RECORD = "engine.json"
 _REMEDY = "build the engine again with this version of Galerne and --force"
 
 Parity = Literal["passed", "failed", "none"]
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+Weights = Literal["inside", "streamed", "stripped"]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes that one profile of an engine takes: [min, opt, max] of the batch B and of the new tokens S."""
+    """The shapes that one profile of an engine takes: [min, opt, max] of the batch B, the new tokens S and the logits K.
+
+    name: "decode" for one token, "prefill" for up to a chunk, "draft" for a token and the draft behind it, with logits for each.
+    """
 
     name: str
     batch: tuple[int, ...]
     tokens: tuple[int, ...]
+    logits: tuple[int, ...] = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,10 @@ class EngineRecord:
     hardware_compatibility: which other GPUs TensorRT was told to make it run on.
     version_compatible: whether TensorRT was told to make it load in later versions of the same major version.
     weights: "inside" the engine; "streamed" from host memory under a budget; or "stripped", to be refitted from the
-        bundle's `weights.bin`.
+        bundle's `weights.bin` by the names of `network.onnx`, which then lies in the record's own folder.
+    platform: operating system and architecture that it runs on, such as "linux-aarch64"; null where it runs on any.
+    cuda: the version of CUDA that the driver must support, such as "12.6" or "13"; null where it is not known.
+    timing_cache: the file in the record's own folder with what TensorRT measured; null where it measures nothing.
     """
 
     schema_version: int
@@ -57,9 +67,12 @@ class EngineRecord:
     parity: Parity
     options: dict[str, Any] = field(default_factory=dict)
     stack: str = ""
-    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    hardware_compatibility: HardwareCompatibility = "none"
     version_compatible: bool = False
-    weights: Literal["inside", "streamed", "stripped"] = "inside"
+    weights: Weights = "inside"
+    platform: str | None = None
+    cuda: str | None = None
+    timing_cache: str | None = None
 
     def to_json(self) -> bytes:
         """Return the record as UTF-8 JSON; the same record gives the same bytes."""
@@ -74,14 +87,19 @@ def parse(data: bytes, where: str) -> EngineRecord:
     record = schema.read_json(
         EngineRecord, data, where, SCHEMA_VERSION, "build the engine again with this version of Galerne and --force"
     )
-    for i, profile in enumerate(record.profiles):
-        for name, sizes in (("batch", profile.batch), ("tokens", profile.tokens)):
+    check_profiles(record.profiles, where)
+    return record
+
+
+def check_profiles(profiles: Sequence[Profile], where: str) -> None:
+    """Check that each size is [min, opt, max]. Raises: InputError naming the field."""
+    for i, profile in enumerate(profiles):
+        for name, sizes in (("batch", profile.batch), ("tokens", profile.tokens), ("logits", profile.logits)):
             if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise InputError(
                     f"{where}: profiles[{i}]: {name}: expected [min, opt, max], rising from 1 or more, "
                     f"found {list(sizes)}"
                 )
-    return record
 
 
 def inputs_of(bundle: Bundle, names: tuple[str, ...]) -> dict[str, str]:

@@ -16,9 +16,10 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.parity.verify import verify
-from galerne.optimize.builders.tensorrt_rtx import build_tensorrt_rtx
+from galerne.optimize.builders.build import build
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.engines.record import load_record
 from galerne.runtime.manifest import Dialect
 from galerne.targets.target import load
 
@@ -220,8 +221,8 @@ def test_tensorrt_rtx_builds_it_ahead_of_time(tmp_path: Path, family: str) -> No
     checkpoint = open_checkpoint(save(tmp_path / "checkpoint", family, seed=0))
     bundle = export(checkpoint, recipe.load("fp16"), tmp_path / "bundle", chunk=16)
     target = load("rtx-4090")
-    record = build_tensorrt_rtx(bundle, target, target.stack(), tmp_path)
-    assert record.compute_capability == "8.9"
+    built = build(bundle, target, stack=target.stack("tensorrt-rtx-1.7"))
+    assert load_record(built, "rtx-4090").compute_capability == "8.9"
 
 
 def test_biases_are_fused_as_their_weights_are(tmp_path: Path) -> None:

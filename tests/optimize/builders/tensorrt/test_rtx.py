@@ -15,12 +15,16 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from galerne.errors import BackendError, InputError
-from galerne.optimize.builders import tensorrt_rtx as builder
+from galerne.optimize.builders.tensorrt import hooks
+from galerne.optimize.builders.tensorrt.build_plan import NETWORK
+from galerne.optimize.builders.tensorrt.compile import ENGINE, compile_plan
+from galerne.optimize.builders.tensorrt.inspect import inspect_engine
+from galerne.optimize.builders.tensorrt.plan import plan
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import Bundle, entry_of
 from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.manifest import SCHEMA_VERSION, FloatType, GraphFacts, Manifest, ModelFacts, Source
-from galerne.targets.target import load
+from galerne.targets.target import Target, load
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, VOCAB, WINDOW, CHUNK = 2, 128, 256, 4, 2, 32, 96, 48, 16
 CAPACITY = WINDOW + CHUNK
@@ -163,10 +167,14 @@ def list_files(folder: Path, compute: FloatType = "float16") -> Bundle:
 
 
 def build(bundle: Bundle, name: str) -> tuple[EngineRecord, Path]:
+    return build_for(bundle, load(name))
+
+
+def build_for(bundle: Bundle, target: Target) -> tuple[EngineRecord, Path]:
     folder = bundle.path / "engine"
     folder.mkdir(exist_ok=True)
-    target = load(name)
-    return builder.build_tensorrt_rtx(bundle, target, target.stack(), folder), folder / builder.ENGINE
+    made = plan(bundle, target, target.stack("tensorrt-rtx-1.7"), bundle.path)
+    return compile_plan(made, bundle.path / NETWORK, bundle.path / "weights.bin", folder), folder / ENGINE
 
 
 @rtx
@@ -268,7 +276,7 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch
 def test_a_capability_that_it_does_not_build_for_is_named(tmp_path: Path) -> None:
     orin = dataclasses.replace(load("l4"), name="orin", compute_capability="8.7")
     with pytest.raises(BackendError, match=r"--target orin: .*builds for compute capability 7\.5, 8\.0.*found 8\.7"):
-        builder.build_tensorrt_rtx(make_bundle(tmp_path), orin, orin.stack(), tmp_path)
+        build_for(make_bundle(tmp_path), orin)
 
 
 def change(bundle: Bundle, kind: str, **attributes: object) -> Bundle:
@@ -284,7 +292,9 @@ def change(bundle: Bundle, kind: str, **attributes: object) -> Bundle:
 @pytest.mark.usefixtures("trt")
 def test_a_node_that_does_not_parse_is_named_in_one_line(tmp_path: Path) -> None:
     bundle = change(make_bundle(tmp_path), "Attention", softcap=30.0)
-    with pytest.raises(BackendError, match=r"cannot parse /Attention_\d+ \(Attention\): .*--dialect") as caught:
+    with pytest.raises(
+        BackendError, match=r"cannot parse /Attention_\d+ \(Attention\): .*--dialect primitive"
+    ) as caught:
         build(bundle, "l4")
     assert "\n" not in str(caught.value)
 
@@ -296,7 +306,7 @@ def test_a_failed_build_gives_the_builders_reason(tmp_path: Path) -> None:
     # A ring of fewer slots than a chunk cannot take the chunk.
     facts = dataclasses.replace(bundle.manifest.graph, capacities=(CHUNK // 2,))
     bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graph=facts))
-    with pytest.raises(BackendError, match=r"failed to build for l4: .*Error Code") as caught:
+    with pytest.raises(BackendError, match=r"--target l4: TensorRT-RTX .* failed to build: .*Error Code") as caught:
         build(bundle, "l4")
     assert "\n" not in str(caught.value)
     assert "CUDA driver" not in str(caught.value)
@@ -310,7 +320,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    (tmp_path / "engine" / builder.ENGINE).symlink_to(full)
+    (tmp_path / "engine" / ENGINE).symlink_to(full)
     with pytest.raises(BackendError, match="cannot write the engine"):
         build(bundle, "l4")
 
@@ -319,19 +329,17 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("trt")
 def test_what_is_no_engine_is_told_from_one(tmp_path: Path) -> None:
     _, engine = build(make_bundle(tmp_path), "l4")
-    assert builder.inspect_engine(engine).size == engine.stat().st_size
+    assert inspect_engine(engine).size == engine.stat().st_size
     engine.write_bytes(b"x" * 1000)
     with pytest.raises(BackendError, match="does not take this engine"):
-        builder.inspect_engine(engine)
+        inspect_engine(engine)
     with pytest.raises(InputError, match="no such engine file"):
-        builder.inspect_engine(tmp_path / "none.plan")
+        inspect_engine(tmp_path / "none.plan")
 
 
 @rtx
 @pytest.mark.usefixtures("trt")
 def test_ctrl_c_cancels_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from galerne.optimize.builders import tensorrt_hooks as hooks
-
     def interrupt(self: hooks.Monitor, phase: str, parent: str | None, steps: int) -> None:
         signal.raise_signal(signal.SIGINT)
 

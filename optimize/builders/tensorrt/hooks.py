@@ -1,59 +1,53 @@
-"""What TensorRT-RTX calls while it builds: its logger, its progress monitor and the writer of the engine.
+"""What TensorRT calls while it builds: its logger, its progress monitor and the writer of the engine.
 
-Importing this needs the `tensorrt_rtx` package.
+Each is a plain class, and `hooked` makes of it one that a given TensorRT takes: there are two, and either may be missing.
 """
 
+import functools
 import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import BinaryIO
-
-import tensorrt_rtx as trt
+from types import FrameType, ModuleType
+from typing import Any, BinaryIO
 
 from galerne.progress import Task
 
 logger = logging.getLogger(__name__)
 
 _LEVELS = {
-    trt.ILogger.INTERNAL_ERROR: logging.ERROR,
-    trt.ILogger.ERROR: logging.ERROR,
-    trt.ILogger.WARNING: logging.WARNING,
-    trt.ILogger.INFO: logging.DEBUG,
-    trt.ILogger.VERBOSE: logging.DEBUG,
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.DEBUG,
+    "VERBOSE": logging.DEBUG,
 }
 # Said once for each of our int64 inputs, which are int64 on purpose.
 _EXPECTED = "has Int64 binding"
 
 
-class Log(trt.ILogger):  # type: ignore[misc]  # TensorRT has no type stubs
+class Log:
     """Passes warnings to Python's logging and keeps errors, for the exception that tells them."""
 
     def __init__(self) -> None:
-        trt.ILogger.__init__(self)
         self.errors: list[str] = []
 
-    def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+    def log(self, severity: Any, message: str) -> None:
         """Take one message of TensorRT's."""
-        level = logging.DEBUG if _EXPECTED in message else _LEVELS[severity]
+        line = " ".join(message.split())
+        level = logging.DEBUG if _EXPECTED in message else _LEVELS[severity.name]
         if level >= logging.ERROR:
             # It ends up in the exception, so that it is not told twice.
-            self.errors.append(one_line(message))
+            self.errors.append(line)
             level = logging.DEBUG
-        logger.log(level, "TensorRT-RTX: %s", one_line(message))
+        logger.log(level, "TensorRT: %s", line)
 
 
-# TensorRT has one logger a process and ignores another while the first is in use.
-LOG = Log()
-
-
-class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+class Monitor:
     """Shows the outermost phases as a task, and stops the build once `cancelled` is set."""
 
     def __init__(self, task: Task) -> None:
-        trt.IProgressMonitor.__init__(self)
         self.cancelled = False
         self._task = task
         self._steps: dict[str, int] = {}
@@ -90,15 +84,14 @@ class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
             signal.signal(signal.SIGINT, before)
 
 
-class Writer(trt.IStreamWriter):  # type: ignore[misc]
+class Writer:
     """Writes the engine to a file in blocks as TensorRT serializes it; `error` holds what went wrong in doing so."""
 
     def __init__(self, file: BinaryIO) -> None:
-        trt.IStreamWriter.__init__(self)
         self.error: OSError | None = None
         self._file = file
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         """Write one block. Returns: how many bytes were written; 0 tells TensorRT to stop."""
         if self.error is not None:
             return 0
@@ -109,6 +102,23 @@ class Writer(trt.IStreamWriter):  # type: ignore[misc]
             return 0
 
 
-def one_line(message: str) -> str:
-    """Return a message of TensorRT's with its line breaks taken out."""
-    return " ".join(message.split())
+def hooked(hook: type, interface: type, *args: Any) -> Any:
+    """Make an object of one of the classes above that is one of TensorRT's interface too.
+
+    Args:
+        interface: the class that TensorRT knows, such as its `ILogger`. It is named after its own `__init__` was called,
+            which its binding demands.
+        args: for the hook.
+    """
+
+    def initialize(self: Any) -> None:
+        interface.__init__(self)  # type: ignore[misc]  # the base class, by its own name
+        hook.__init__(self, *args)  # type: ignore[misc]
+
+    return type(hook.__name__, (hook, interface), {"__init__": initialize})()
+
+
+@functools.cache
+def log_of(trt: ModuleType) -> Any:
+    """Return the logger of a TensorRT: it has one a process, and ignores another while the first is in use."""
+    return hooked(Log, trt.ILogger)
