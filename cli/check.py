@@ -48,4 +48,4 @@ def check(
     emit(json, data, "\n".join([table(rows), "", *ways]) if refusals else fine)
     if refusals:
         what = ", ".join(sorted({refusal.operator or "its opset" for refusal in refusals}))
-        raise CheckFailed(f"{bundle}: {device.name} with {chosen.name} does not take it ({what}); {ways[0]}")
+        raise CheckFailed(f"{bundle}: {device.name} with {chosen.name} does not take it ({what}); {'; '.join(ways)}")

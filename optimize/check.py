@@ -88,7 +88,8 @@ def _device_types(use: Use) -> list[str]:
 
 def _alternative(departure: Departure, use: Use | None, opset: int, target: Target, stack: Stack) -> str:
     ways = []
-    if departure.operator in _NEWER and departure.kind != _DEVICE:
+    # Its operators and their forms are older than any of these parsers.
+    if departure.kind != _DEVICE and use is not None and (use.operator in _NEWER or departure.kind == "opset"):
         ways.append("export with --dialect primitive")
     if departure.kind == _DEVICE:
         fitting = [name for name, needed in _PRECISIONS.items() if needed <= set(stack.types)]

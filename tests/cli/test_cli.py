@@ -74,7 +74,7 @@ def test_bad_usage_is_2() -> None:
 
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(main.app, ["--help"])
-    for command in ("demo", "export", "verify", "build", "generate", "bench", "inspect", "synth", "targets"):
+    for command in ("demo", "export", "verify", "check", "build", "generate", "bench", "inspect", "synth", "targets"):
         assert command in result.output
 
 
@@ -185,11 +185,37 @@ def test_json_is_alone_on_stdout(checkpoint_folder: Path, tmp_path: Path) -> Non
 
 
 def test_targets_table_and_json() -> None:
-    assert "rtx-4090" in Ran("targets").out
+    shown = Ran("targets").out
+    assert "rtx-4090" in shown
+    assert max(map(len, shown.splitlines())) <= 120
     assert [target["name"] for target in Ran("targets", "l4", "--json").json] == ["l4"]
     wrong = Ran("targets", "rtx4090")
     assert wrong.status == 2
     assert "rtx-4090" in wrong.err
+
+
+def test_a_targets_page_has_its_modes_stacks_and_sources() -> None:
+    page = Ran("targets", "jetson-orin-nx-16gb").out
+    assert "10W                   1     10    68 GB/s" in page
+    assert "jetpack-6.2  tensorrt 10.3   12.6    3.10  primitive  the device  fp32 fp16 int8 int4" in page
+    assert page.count("https://") >= 5
+    assert "measured on the spot" in Ran("targets", "cpu").out
+
+
+def test_check_says_no_with_1_and_what_to_do(bundle_of: Bundles) -> None:
+    path = bundle_of("int4-rtn").path
+    fine = Ran("check", path, "--target", "jetson-orin-nx-16gb", "--stack", "jetpack-7.2")
+    assert (fine.status, fine.err) == (0, "")
+    assert fine.out == "NVIDIA Jetson Orin NX 16GB with jetpack-7.2 takes all of it\n"
+    no = Ran("check", path, "--target", "jetson-orin-nx-16gb")
+    assert no.status == 1
+    assert "/model/layers.0/self_attn/Attention" in no.out
+    assert no.err.count("\n") == 1
+    assert "export with --dialect primitive, or choose --stack jetpack-7.2" in no.err
+    told = Ran("check", path, "--target", "t4", "--json")
+    assert (told.status, told.json["passed"], told.json["stack"]) == (1, False, "tensorrt-rtx-1.7")
+    assert {(r["operator"], r["found"]) for r in told.json["refusals"]} == {("DequantizeLinear", "int4")}
+    assert Ran("check", path, "--target", "t4", "--stack", "x").status == 2
 
 
 def test_the_dialect_is_chosen_and_shown(checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -144,10 +144,11 @@ def test_a_graph_that_is_none_is_one_line(tmp_path: Path) -> None:
         check(tmp_path / "model.onnx", load("cpu"), load("cpu").stack())
 
 
-H, Q, K, MASK = TensorProto.FLOAT16, [1, 4, 2, 64], [1, 4, 8, 64], [1, 1, 2, 8]
-HALF = {"q": (H, Q), "k": (H, K), "v": (H, K), "mask": (TensorProto.BOOL, MASK)}
-X = {"x": (H, [4, 4])}
 Values = dict[str, tuple[int, list[int]]]
+H: int = TensorProto.FLOAT16
+Q, K, MASK = [1, 4, 2, 64], [1, 4, 8, 64], [1, 1, 2, 8]
+HALF: Values = {"q": (H, Q), "k": (H, K), "v": (H, K), "mask": (TensorProto.BOOL, MASK)}
+X: Values = {"x": (H, [4, 4])}
 
 
 def small(
@@ -170,7 +171,7 @@ def small(
 
 
 def ring(element: int = H, new: list[int] = Q, **attributes: Any) -> onnx.ModelProto:
-    values = {"past": (element, K), "new": (element, new), "at": (TensorProto.INT64, [1])}
+    values: Values = {"past": (element, K), "new": (element, new), "at": (TensorProto.INT64, [1])}
     return small(values, "TensorScatter", list(values), gives=element, **attributes)
 
 
