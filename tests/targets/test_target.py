@@ -3,7 +3,7 @@
 import pytest
 
 from galerne.errors import InputError
-from galerne.targets.target import load, load_all, names, parse
+from galerne.targets.target import Target, load, load_all, names, parse
 
 GOOD = """
 name = "box"
@@ -39,6 +39,40 @@ source = ["its manual"]
 def test_every_file_loads_under_its_own_name() -> None:
     assert [target.name for target in load_all()] == names()
     assert {"cpu", "t4", "a100-80gb", "l4", "rtx-5090"} <= set(names())
+
+
+@pytest.mark.parametrize("target", load_all(), ids=lambda target: target.name)
+def test_every_figure_can_be_looked_up(target: Target) -> None:
+    """By an address, or else the source says so, or names the figure whose source has it."""
+    for key, source in target.sources.items():
+        others = [other for other in target.sources if other != key and other in source]
+        assert "https://" in source or "not looked up" in source or others, (target.name, key)
+
+
+@pytest.mark.parametrize("target", load_all(), ids=lambda target: target.name)
+def test_figures_are_of_a_likely_size(target: Target) -> None:
+    """A slip of three noughts, a sparse rate, or a mode that is faster than the device would show here."""
+    if target.kind == "cpu":
+        return
+    assert target.memory_bytes is not None and target.usable_bytes is not None
+    assert target.bandwidth_bytes_per_s is not None
+    assert target.memory_bytes % 2**30 == 0
+    assert 0.45 * target.memory_bytes < target.usable_bytes < target.memory_bytes
+    rates = target.dense_ops_per_s
+    assert 3e10 < target.bandwidth_bytes_per_s < 1e13
+    assert 1.9 <= rates.get("int8", rates.get("fp8", 0)) / rates["float16"] <= 2.1
+    if "fp4" in rates:
+        assert 1.9 <= rates["fp4"] / rates["fp8"] <= 2.1
+    modes = [mode.bandwidth_bytes_per_s for mode in target.power_modes if mode.bandwidth_bytes_per_s]
+    assert all(mode < target.bandwidth_bytes_per_s for mode in modes)
+    assert len({mode.number for mode in target.power_modes}) == len(target.power_modes)
+
+
+def test_only_what_tensorrt_rtx_knows_has_a_stack_of_it() -> None:
+    """Its builds are refused for other capabilities, so a file must not promise them."""
+    for target in load_all():
+        rtx = any(stack.backend == "tensorrt_rtx" for stack in target.stacks)
+        assert rtx == (target.compute_capability in ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")), target.name
 
 
 def test_l4_has_its_data_sheets_figures() -> None:
@@ -83,6 +117,11 @@ def test_an_unknown_name_gets_the_list_and_a_suggestion() -> None:
         ('memory_bytes = "its data sheet"', 'memory = "its data sheet"', "sources: "),
         ('name = "other"', 'name = "rtx"', r"stacks\[1\]: name: expected one of its own, found 'rtx' again"),
         ('source = ["its manual"]', "source = []", r"stacks\[0\]: source: expected at least one"),
+        (
+            'source = ["its manual"]',
+            'source = ["x"]\noperators = "x"',
+            r"stacks\[0\]: operators: expected one of tensorrt",
+        ),
         ('types = ["float16", "int8"]', "types = []", r"stacks\[0\]: types: expected at least one"),
     ],
 )
