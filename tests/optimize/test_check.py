@@ -234,8 +234,9 @@ def test_the_table_of_tensorrt_rtx_agrees_with_its_parser(
 ) -> None:
     import tensorrt_rtx as trt
 
-    from galerne.optimize.builders.tensorrt_hooks import LOG
+    from galerne.optimize.builders.tensorrt.hooks import log_of
 
-    network = trt.Builder(LOG).create_network(0)
-    assert trt.OnnxParser(network, LOG).parse(model.SerializeToString()) == parses
+    log = log_of(trt)
+    network = trt.Builder(log).create_network(0)
+    assert trt.OnnxParser(network, log).parse(model.SerializeToString()) == parses
     assert says(model, tmp_path) == fine
