@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galerne.optimize.graph.uses import uses_of
-from galerne.targets import operator_table
-from galerne.targets.operator_table import Departure, Use, departures
+from galerne.targets.operator_table import Departure, OperatorTable, Use, departures, load
 from galerne.targets.target import Stack, Target, load_all
 
 # What the newer dialect has of its own; the primitive one spells these out.
 _NEWER = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter")
-# Operators that compute on the tensor cores or read weights, so that the device must have their type.
+# Operators that compute on the tensor cores, so that the device must have their type, as it must have that of quantized weights.
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
-_QUANTIZED = ("DequantizeLinear", "QuantizeLinear")
 # What `galerne export --precision` asks of a device.
 _PRECISIONS = {
     "int4": {"int4", "int8", "float16"},
@@ -56,37 +54,49 @@ def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
     """
     opset, uses = uses_of(graph)
     by_node = {use.node: use for use in uses}
+    parsers = _Parsers(opset)
     ways: dict[tuple[str | None, str, str], str] = {}  # layers repeat each other
     refusals = []
-    for departure in _departures(stack, opset, uses):
+    for departure in parsers.departures(stack, uses):
         kind = departure.operator, departure.kind, departure.found
         if kind not in ways:
-            ways[kind] = _alternative(departure, by_node.get(departure.node or ""), opset, target, stack)
+            ways[kind] = _alternative(departure, by_node.get(departure.node or ""), parsers, target, stack)
         refusals.append(Refusal(departure.node, departure.operator, departure.found, departure.expected, ways[kind]))
     return refusals
 
 
-def _departures(stack: Stack, opset: int, uses: list[Use]) -> list[Departure]:
-    table = None if stack.operators is None else operator_table.load(stack.operators)
-    found = [] if table is None else departures(table, opset, uses)
-    taken = {departure.node for departure in found}
-    return found + [
-        Departure(use.node, use.operator, _DEVICE, kind, " or ".join(stack.types))
-        for use in uses
-        if use.node not in taken
-        for kind in _device_types(use)
-        if kind not in stack.types
-    ]
+class _Parsers:
+    """What stacks make of nodes of one opset; each table is read once."""
+
+    def __init__(self, opset: int) -> None:
+        self._opset = opset
+        self._tables: dict[str, OperatorTable] = {}
+
+    def departures(self, stack: Stack, uses: list[Use]) -> list[Departure]:
+        """Return what a stack does not take, by its parser or its device."""
+        found: list[Departure] = []
+        if stack.operators is not None:
+            if stack.operators not in self._tables:
+                self._tables[stack.operators] = load(stack.operators)
+            found += departures(self._tables[stack.operators], self._opset, uses)
+        taken = {departure.node for departure in found}
+        return found + [
+            Departure(use.node, use.operator, _DEVICE, kind, " or ".join(stack.types))
+            for use in uses
+            if use.node not in taken
+            for kind in _device_types(use)
+            if kind not in stack.types
+        ]
 
 
 def _device_types(use: Use) -> list[str]:
     """Return the types that the device itself must have for a node."""
     if use.operator == "QuantizeLinear":  # what it gives is the type of its zero point
         return [given.type for given in use.inputs[2:3] if given is not None and given.type is not None]
-    return list(use.types[:1]) if use.operator in _PRODUCTS or use.operator in _QUANTIZED else []
+    return list(use.types[:1]) if use.operator in _PRODUCTS or use.operator == "DequantizeLinear" else []
 
 
-def _alternative(departure: Departure, use: Use | None, opset: int, target: Target, stack: Stack) -> str:
+def _alternative(departure: Departure, use: Use | None, parsers: _Parsers, target: Target, stack: Stack) -> str:
     ways = []
     # Its operators and their forms are older than any of these parsers.
     if departure.kind != _DEVICE and use is not None and (use.operator in _NEWER or departure.kind == "opset"):
@@ -95,7 +105,7 @@ def _alternative(departure: Departure, use: Use | None, opset: int, target: Targ
         fitting = [name for name, needed in _PRECISIONS.items() if needed <= set(stack.types)]
         ways.append(f"export with --precision {' or '.join(fitting)}")
     if use is not None:
-        others = [s.name for s in target.stacks if s != stack and not _departures(s, opset, [use])]
+        others = [s.name for s in target.stacks if s != stack and not parsers.departures(s, [use])]
         if others:
             ways.append(f"choose --stack {' or '.join(others)}")
         elif departure.kind == _DEVICE:

@@ -1,7 +1,6 @@
 """Which ONNX operators and types an engine builder's parser reads: one TOML file under operators/ each."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -124,9 +123,8 @@ def names() -> list[str]:
     return tables.names(_DATA)
 
 
-@functools.cache
 def load(name: str) -> OperatorTable:
-    """Read a table by its name, with what it takes over from its base. It is read once, so it must not be changed.
+    """Read a table by its name, with what it takes over from its base.
 
     Raises: InputError if there is none of that name, or its file breaks a rule.
     """

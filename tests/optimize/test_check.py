@@ -17,7 +17,8 @@ from galerne.targets.target import Stack, Target, load, load_all
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4-rtn": "int4"}
 NEWER = {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}
-STACKS = [(target, stack) for target in load_all() for stack in target.stacks]
+# One target for each set of types and each table that there is.
+STACKS = list({(s.name, s.types): (target, s) for target in load_all() for s in target.stacks}.values())
 Graphs = Callable[[str, str], Path]
 
 
