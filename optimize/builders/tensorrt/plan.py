@@ -10,12 +10,11 @@ from onnx import TensorProto
 from galerne.errors import InputError
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK, PLAN, SCHEMA_VERSION, BuildPlan
 from galerne.optimize.builders.tensorrt.options import Options, check_options, profiles
-from galerne.optimize.graph.uses import uses_of
+from galerne.optimize.check import check
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import inputs_of, parity_of
 from galerne.runtime.manifest import layer_kinds
-from galerne.targets import operator_table
 from galerne.targets.target import Stack, Target, load_all
 
 _TYPES = {
@@ -109,12 +108,10 @@ def _check_operators(bundle: Bundle, target: Target, stack: Stack) -> None:
             f"{bundle.path}: is of dialect {dialect}, and {stack.name} of {target.name} reads primitive only; "
             "export with --dialect primitive"
         )
-    if stack.operators is None:
-        return
-    table = operator_table.load(stack.operators)
-    lines = operator_table.refusals(table, *uses_of(bundle.file(GRAPH)))
-    if lines:
-        more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    refusals = check(bundle.file(GRAPH), target, stack)
+    if refusals:
+        more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
         raise InputError(
-            f"{bundle.path}: {table.title} does not read it: {lines[0]}{more}; see `galerne check --target {target.name}`"
+            f"{bundle.path}: {stack.name} of {target.name} does not take {refusals[0].line}{more}; "
+            f"see `galerne check --target {target.name}`"
         )

@@ -347,12 +347,21 @@ def change(bundle: Bundle, kind: str, **attributes: object) -> Bundle:
 @rtx
 @pytest.mark.usefixtures("trt")
 def test_a_node_that_does_not_parse_is_named_in_one_line(tmp_path: Path) -> None:
-    bundle = change(make_bundle(tmp_path), "Attention", softcap=30.0)
-    with pytest.raises(
-        BackendError, match=r"cannot parse /Attention_\d+ \(Attention\): .*--dialect primitive"
-    ) as caught:
+    """Sizes that do not go together are beyond what a table of operators knows."""
+    bundle = change(make_bundle(tmp_path), "RotaryEmbedding", rotary_embedding_dim=HEAD // 2)
+    with pytest.raises(BackendError, match=r"cannot parse /RotaryEmbedding_\d+ \(RotaryEmbedding\): ") as caught:
         build(bundle, "l4")
     assert "\n" not in str(caught.value)
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_what_the_table_refuses_is_named_with_the_alternative_before_anything_is_built(tmp_path: Path) -> None:
+    bundle = change(make_bundle(tmp_path), "Attention", softcap=30.0)
+    with pytest.raises(
+        InputError, match=r"/Attention_\d+: Attention: found attribute softcap = 30.0, .*--dialect prim"
+    ):
+        build(bundle, "l4")
 
 
 @rtx
