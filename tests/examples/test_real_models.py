@@ -110,7 +110,7 @@ def test_tensorrt_rtx_builds_ahead_of_time(example: Examples, model: str, name: 
     record = load_record(built, "rtx-4090")
     assert record.compute_capability == "8.9"
     assert [(profile.name, profile.tokens) for profile in record.profiles] == [
-        ("decode", (1, 1, 1)),
+        ("decode", (1, 1, 2)),
         ("prefill", (1, 256, 256)),
     ]
     if not gpu_count():

@@ -17,7 +17,13 @@ from galerne.files import read_file, sha256_file
 from galerne.optimize.builders.tensorrt import hooks
 from galerne.optimize.builders.tensorrt.build_plan import BuildPlan
 from galerne.optimize.builders.tensorrt.explain import build_failure, parse_error
-from galerne.optimize.builders.tensorrt.library import Library, compute_capability_here, import_library, is_version
+from galerne.optimize.builders.tensorrt.library import (
+    TITLES,
+    Library,
+    compute_capability_here,
+    import_library,
+    is_version,
+)
 from galerne.progress import Task
 from galerne.runtime.bundle import WEIGHTS
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, Profile
@@ -56,15 +62,15 @@ def compile_plan(
         raise InputError(f"{weights}: expected a file named {WEIGHTS}, as the graph calls it")
     if sha256_file(network) != plan.network_sha256:
         raise InputError(f"{network}: its SHA-256 is not the plan's; it belongs to another plan or was changed")
+    _check_device(plan)
     library = import_library(plan.backend)
     if plan.version is not None and not is_version(library.version, plan.version):
         raise BackendError(
             f"--target {plan.target}: {plan.stack} has version {plan.version} of {plan.backend}, found {library.version}; "
             "choose another --stack, or install that version"
         )
-    trt, log = library.module, hooks.log_of(library.module)
+    trt, log = library.module, hooks.log_of(library.module.ILogger)
     log.errors.clear()
-    _check_device(library, plan)
     builder = _builder(library, log)
     graph = builder.create_network(library.network_flags)
     # The parser must outlive the build: the network refers to weights that it mapped.
@@ -81,14 +87,17 @@ def compile_plan(
     return _record(library, plan)
 
 
-def _check_device(library: Library, plan: BuildPlan) -> None:
-    if library.ahead_of_time:
-        return
-    here = compute_capability_here()
-    if here != plan.compute_capability:
-        found = f"a GPU of {here}" if here else "no GPU with a driver"
+def _check_device(plan: BuildPlan) -> None:
+    """Refuse what needs a GPU that is not here."""
+    here, ahead_of_time = compute_capability_here(), plan.backend == "tensorrt_rtx"
+    found = f"a GPU of {here}" if here else "no GPU with a driver"
+    if ahead_of_time and plan.weights == "stripped" and here is None:
         raise BackendError(
-            f"--target {plan.target}: {library.title} builds for the GPU at hand only: expected one of compute capability "
+            f"--strip: --target {plan.target}: TensorRT-RTX compiles on a GPU for this, found {found}; build without it"
+        )
+    if not ahead_of_time and here != plan.compute_capability:
+        raise BackendError(
+            f"--target {plan.target}: {TITLES[plan.backend]} builds for the GPU at hand only: expected one of compute capability "
             f"{plan.compute_capability}, found {found}; build on such a machine, or `galerne package` for the box itself"
         )
 
@@ -139,7 +148,7 @@ def _attach(library: Library, config: Any, timings: Timings, plan: BuildPlan) ->
 
 
 def _build(library: Library, builder: Any, graph: Any, config: Any, out: Path, plan: BuildPlan) -> None:
-    trt, log = library.module, hooks.log_of(library.module)
+    trt, log = library.module, hooks.log_of(library.module.ILogger)
     with Task(f"building for {plan.target}", 1.0) as task, out.open("wb") as file:
         writer = hooks.Writer(file)
         monitor = hooks.hooked(hooks.Monitor, trt.IProgressMonitor, task)

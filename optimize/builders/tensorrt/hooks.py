@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any, BinaryIO
 
 from galerne.progress import Task
@@ -119,6 +119,6 @@ def hooked(hook: type, interface: type, *args: Any) -> Any:
 
 
 @functools.cache
-def log_of(trt: ModuleType) -> Any:
-    """Return the logger of a TensorRT: it has one a process, and ignores another while the first is in use."""
-    return hooked(Log, trt.ILogger)
+def log_of(interface: type) -> Any:
+    """Return the logger of a TensorRT, by its `ILogger`: it has one a process, and ignores another while the first is in use."""
+    return hooked(Log, interface)

@@ -33,7 +33,7 @@ def inspect_engine(path: Path) -> EngineFile:
     trt = library.module
     if not path.is_file():
         raise InputError(f"{path}: no such engine file; build it with `galerne build`")
-    runtime = trt.Runtime(log_of(trt))
+    runtime = trt.Runtime(log_of(trt.ILogger))
     with path.open("rb") as file:
         validity, found = runtime.get_engine_validity(file.read(runtime.engine_header_size))
     reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if found & int(flag)]

@@ -6,7 +6,7 @@ from typing import get_args
 from galerne.errors import InputError
 from galerne.optimize.builders.tensorrt.library import older
 from galerne.runtime.engines.record import HardwareCompatibility, Profile, Weights
-from galerne.targets.target import Stack, Target
+from galerne.targets.target import Backend, Stack, Target
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_options(
     raise InputError(f"--hardware-compatibility: expected one of {expected}, found {hardware_compatibility!r}")
 
 
-def profiles(options: Options, chunk: int) -> tuple[Profile, ...]:
+def profiles(options: Options, chunk: int, backend: Backend) -> tuple[Profile, ...]:
     """Return an engine's profiles: `decode`, on request `draft`, and `prefill` with logits for one token or more.
 
     Args:
@@ -69,7 +69,10 @@ def profiles(options: Options, chunk: int) -> tuple[Profile, ...]:
             f"--draft: expected 0 to {chunk - 1}, found {options.draft}: a draft and the token before it run at once, "
             f"and the bundle was exported with --chunk {chunk}"
         )
-    made = [Profile("decode", batch, (1, 1, 1))]
+    # For products with exactly one row TensorRT-RTX lays float16 weights out anew, and so stores them a second time; it
+    # compiles kernels for the true shape when it runs anyway.
+    one = (1, 1, min(2, chunk)) if backend == "tensorrt_rtx" else (1, 1, 1)
+    made = [Profile("decode", batch, one, one)]
     if options.draft:
         checked = (1, options.draft + 1, options.draft + 1)
         made.append(Profile("draft", batch, checked, checked))

@@ -71,7 +71,7 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
         network_sha256=hashlib.sha256(network).hexdigest(),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        profiles=profiles(options, facts.chunk),
+        profiles=profiles(options, facts.chunk, stack.backend),
         lowered=lowered,
         weights=options.weights,
         hardware_compatibility=options.hardware_compatibility,

@@ -5,6 +5,7 @@ import io
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from galerne.errors import BackendError, InputError
+from galerne.export.checkpoint.open import open_checkpoint
+from galerne.export.export import export
 from galerne.optimize.builders.tensorrt import hooks
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK
 from galerne.optimize.builders.tensorrt.compile import ENGINE, compile_plan
 from galerne.optimize.builders.tensorrt.inspect import inspect_engine
+from galerne.optimize.builders.tensorrt.library import compute_capability_here
+from galerne.optimize.builders.tensorrt.options import Options
 from galerne.optimize.builders.tensorrt.plan import plan
 from galerne.optimize.lower.tensorrt import lower
+from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle, entry_of
 from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.manifest import SCHEMA_VERSION, FloatType, GraphFacts, Manifest, ModelFacts, Source
@@ -166,14 +172,14 @@ def list_files(folder: Path, compute: FloatType = "float16") -> Bundle:
     return Bundle.open(folder)
 
 
-def build(bundle: Bundle, name: str) -> tuple[EngineRecord, Path]:
-    return build_for(bundle, load(name))
+def build(bundle: Bundle, name: str, options: Options | None = None) -> tuple[EngineRecord, Path]:
+    return build_for(bundle, load(name), options)
 
 
-def build_for(bundle: Bundle, target: Target) -> tuple[EngineRecord, Path]:
+def build_for(bundle: Bundle, target: Target, options: Options | None = None) -> tuple[EngineRecord, Path]:
     folder = bundle.path / "engine"
     folder.mkdir(exist_ok=True)
-    made = plan(bundle, target, target.stack("tensorrt-rtx-1.7"), bundle.path)
+    made = plan(bundle, target, target.stack("tensorrt-rtx-1.7"), bundle.path, options)
     return compile_plan(made, bundle.path / NETWORK, bundle.path / "weights.bin", folder), folder / ENGINE
 
 
@@ -195,13 +201,63 @@ def test_a_graph_of_the_contract_builds(tmp_path: Path, compute: FloatType, weig
     record, engine = build(bundle, name)
     assert engine.stat().st_size > 100_000
     assert [(profile.name, profile.tokens) for profile in record.profiles] == [
-        ("decode", (1, 1, 1)),
+        ("decode", (1, 1, 2)),
         ("prefill", (1, CHUNK, CHUNK)),
     ]
     assert record.inputs == {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
     assert record.options == {"capacities": [CAPACITY], "mask": "additive", "attention": "decomposable"}
     assert (record.parity, record.compute_capability) == ("none", load(name).compute_capability)
     assert (tmp_path / "model.onnx").read_bytes() == before, "the lowering leaked into the portable graph"
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+@pytest.mark.parametrize("name", ["fp16", "int8", "int4-rtn"])
+def test_profiles_share_the_weights(tmp_path: Path, saved_mistral: Callable[..., Path], name: str) -> None:
+    checkpoint = saved_mistral(hidden_size=1024, intermediate_size=2048, num_hidden_layers=1)
+    bundle = export(open_checkpoint(checkpoint), recipe.load(name), tmp_path / "bundle", chunk=32)
+    target = load("rtx-4090")
+    made = plan(bundle, target, target.stack("tensorrt-rtx-1.7"), tmp_path, Options(draft=4))
+    assert [(p.name, p.tokens, p.logits) for p in made.profiles] == [
+        ("decode", (1, 1, 2), (1, 1, 2)),
+        ("draft", (1, 5, 5), (1, 5, 5)),
+        ("prefill", (1, 32, 32), (1, 1, 32)),
+    ]
+    sizes = []
+    for count in (1, 2, 3):
+        some = dataclasses.replace(made, profiles=made.profiles[:count])
+        compile_plan(some, tmp_path / NETWORK, bundle.file("weights.bin"), tmp_path)
+        sizes.append((tmp_path / ENGINE).stat().st_size)
+    # Each profile has its own kernels, about a megabyte a layer; the weights are there once.
+    assert sizes[0] > bundle.file("weights.bin").stat().st_size
+    assert sizes[1] - sizes[0] < 2e6
+    assert sizes[2] - sizes[1] < 2e6
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_a_range_of_batches_builds(tmp_path: Path) -> None:
+    record, _ = build(make_bundle(tmp_path), "l4", Options(batch=(1, 2, 8), draft=3))
+    assert [(p.name, p.batch) for p in record.profiles] == [
+        ("decode", (1, 2, 8)),
+        ("draft", (1, 2, 8)),
+        ("prefill", (1, 2, 8)),
+    ]
+
+
+@pytest.mark.skipif(compute_capability_here() is not None, reason="this machine has a GPU")
+def test_stripping_needs_a_gpu(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    with pytest.raises(BackendError, match=r"--strip: --target l4: TensorRT-RTX compiles on a GPU.*found no GPU"):
+        build(bundle, "l4", Options(weights="stripped"))
+
+
+@rtx
+@pytest.mark.usefixtures("trt")
+def test_streamed_weights_build(tmp_path: Path) -> None:
+    record, engine = build(make_bundle(tmp_path), "l4", Options(weights="streamed"))
+    assert record.weights == "streamed"
+    assert inspect_engine(engine).size > 100_000
 
 
 @pytest.mark.parametrize("start", [0, 5 * CAPACITY])
