@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from galerne.errors import BackendError, InputError
 from galerne.export import synth as module
 from galerne.export.checkpoint.open import open_checkpoint
-from galerne.export.synth import preset_config, presets, synth, tensors_of, write_checkpoint
+from galerne.export.preset import preset_config, presets
+from galerne.export.synth import synth, tensors_of, write_checkpoint
 
 # Published sizes, in millions of weights.
 MILLIONS = {
