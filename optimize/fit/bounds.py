@@ -1,4 +1,4 @@
-"""The most tokens a second that a device's bandwidth and arithmetic allow: nothing is faster, and how near one comes is not said."""
+"""The most tokens a second that a device's bandwidth and arithmetic allow: nothing is faster. How near one comes is not said."""
 
 import math
 

@@ -21,6 +21,7 @@ MILLIONS = {
     "benchmark-1b": 1100,
     "gemma-3-270m": 268,
     "gemma-3-4b": 3880,
+    "llama-2-7b": 6738,
     "llama-3.1-8b": 8030,
     "llama-3.2-1b": 1236,
     "ministral-8b": 8020,
