@@ -20,7 +20,8 @@ def make_checkpoint(_: Path, out: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from galerne.export.synth import preset_config, write_checkpoint
+    from galerne.export.preset import preset_config
+    from galerne.export.synth import write_checkpoint
 
     symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(

@@ -14,6 +14,7 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
+from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
 from galerne.export.hashing import SourceHashes
 from galerne.export.packed_weights import split_products
@@ -30,7 +31,7 @@ from galerne.optimize.quantize.qdq import opset_of
 from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
-from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, ModelFacts, Source, layer_kinds
+from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, Source, layer_kinds
 
 DEFAULT_CHUNK = 256
 _TOOLS = ("torch", "onnx-ir", "onnxscript", "onnx", "numpy")
@@ -102,7 +103,7 @@ def export(
             schema_version=SCHEMA_VERSION,
             galerne_version=galerne.__version__,
             source=Source(checkpoint.format, entries),
-            model=_model_facts(spec),
+            model=model_facts(spec),
             graph=facts,
             recipe=recipe.resolved(),
             tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
@@ -166,25 +167,6 @@ def _harmless(spec: DecoderSpec, checkpoint: Checkpoint) -> set[str]:
     # auto-gptq stores a bias of zeros where the model has none.
     zeros = {name for name in names if name.endswith("_proj.bias") and not bool((checkpoint.read(name) != 0).any())}
     return tied | zeros | {name for name in names if name.endswith(".rotary_emb.inv_freq")}
-
-
-def _model_facts(spec: DecoderSpec) -> ModelFacts:
-    return ModelFacts(
-        architecture=spec.architecture,
-        num_hidden_layers=spec.num_hidden_layers,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
-        vocab_size=spec.vocab_size,
-        layer_windows=spec.layer_windows,
-        rope_theta=spec.layer_rotary[0].theta,
-        max_position_embeddings=spec.max_position_embeddings,
-        tie_word_embeddings=spec.tie_word_embeddings,
-        bos_token_id=spec.bos_token_id,
-        eos_token_ids=spec.eos_token_ids,
-    )
 
 
 def _config_name(checkpoint: Checkpoint) -> str:

@@ -6,7 +6,6 @@ class, built on the meta device, so a preset needs nothing else and works whethe
 """
 
 import hashlib
-import importlib.resources
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,14 +21,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from galerne.errors import InputError
 from galerne.export.checkpoint.safetensors_folder import CONFIG, INDEX, WEIGHTS
+from galerne.export.preset import preset_config
 from galerne.files import staged_folder
 from galerne.parallel import ordered
 from galerne.progress import Task
 from galerne.runtime.safetensors import entries_in_a_row, header_bytes
 
-_FOLDER = importlib.resources.files("galerne.export.presets")
 _SHARD_BYTES = 5_000_000_000
 _VALUE_BYTES = 2
 # Values of one random stream: the grain that is spread over the cores, and all of a tensor that is in memory at once.
@@ -52,28 +50,6 @@ class Tensor:
     def size(self) -> int:
         """Bytes, stored as bfloat16."""
         return math.prod(self.shape) * _VALUE_BYTES
-
-
-def presets() -> list[str]:
-    """Return the presets' names."""
-    return sorted(entry.name.removesuffix(".json") for entry in _FOLDER.iterdir() if entry.name.endswith(".json"))
-
-
-def preset_config(preset: str, layers: int | None = None) -> dict[str, Any]:
-    """Return a preset's `config.json`, with its first `layers` layers only where that is given.
-
-    Raises: InputError if there is no such preset, or it has fewer layers.
-    """
-    if preset not in presets():
-        raise InputError(f"preset {preset!r}: unknown; there are {', '.join(presets())}")
-    config: dict[str, Any] = json.loads((_FOLDER / f"{preset}.json").read_bytes())
-    if layers is not None:
-        if not 1 <= layers <= config["num_hidden_layers"]:
-            raise InputError(f"--layers: expected 1 to {config['num_hidden_layers']} for {preset}, found {layers}")
-        config["num_hidden_layers"] = layers
-        if "layer_types" in config:
-            config["layer_types"] = config["layer_types"][:layers]
-    return config
 
 
 def synth(preset: str, out: Path, *, layers: int | None = None, seed: int = 0, threads: int | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from galerne.errors import InputError
 from galerne.parallel import cores
 from galerne.runtime.adapter import Adapter
-from galerne.runtime.footprint import decode_weight_bytes, seen_cache_bytes
+from galerne.runtime.footprint import decode_weight_bytes, forms_of, seen_cache_bytes
 from galerne.runtime.model import Model
 
 _PROBE_BYTES = 1 << 29
@@ -62,7 +62,8 @@ def bench(
         steps.append(time.perf_counter() - start)
     peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
     length, bytes_per_value = prompt_tokens + decode_tokens, rows.cache.arrays()[0].itemsize
-    read = decode_weight_bytes(model.bundle.manifest) + seen_cache_bytes(model.facts, length, bytes_per_value)
+    forms = forms_of(model.bundle.manifest.recipe)
+    read = decode_weight_bytes(model.facts, forms) + seen_cache_bytes(model.facts, length, bytes_per_value)
     read += adapter.nbytes if adapter is not None else 0
     return BenchResult(
         engine=model.engine.name,

@@ -65,6 +65,7 @@ class ModelFacts:
     """What a caller needs to know of the model.
 
     layer_windows: for each layer the number of newest positions that a query sees, itself included; null where it sees all.
+    num_experts: MLPs of each layer, all of which run; 0 for a single one.
     """
 
     architecture: str
@@ -81,6 +82,7 @@ class ModelFacts:
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    num_experts: int = field(default=0, metadata=schema.LATER)
 
 
 @dataclass(frozen=True)

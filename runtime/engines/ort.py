@@ -14,6 +14,7 @@ import onnxruntime as ort
 from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
+from galerne.runtime.heap import give_back
 from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -98,6 +99,8 @@ class OrtCache:
         # Nothing that Ctrl-C could interrupt stands between these two: they always fit each other.
         self._arrays, self.capacities = grown, tuple(capacities)
         self._wrap()
+        del old, new
+        give_back()
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return the rings, keys and values by turns: the memory itself, as long as the rings keep their size."""
@@ -179,6 +182,7 @@ class OrtEngine:
             self._session: _Session | None = _Session(graph, options)
         except Exception as exc:  # onnxruntime's errors share no base class of their own
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
+        give_back()
         self._manifest = manifest
         inputs = {value.name: value for value in self._session.ort.get_inputs()}
         kinds = layer_kinds(manifest.model.layer_windows)[1]

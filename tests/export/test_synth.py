@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from galerne.errors import BackendError, InputError
 from galerne.export import synth as module
 from galerne.export.checkpoint.open import open_checkpoint
-from galerne.export.synth import preset_config, presets, synth, tensors_of, write_checkpoint
+from galerne.export.preset import preset_config, presets
+from galerne.export.synth import synth, tensors_of, write_checkpoint
 
 # Published sizes, in millions of weights.
 MILLIONS = {
     "benchmark-1b": 1100,
     "gemma-3-270m": 268,
     "gemma-3-4b": 3880,
+    "llama-2-7b": 6738,
     "llama-3.1-8b": 8030,
     "llama-3.2-1b": 1236,
     "ministral-8b": 8020,

@@ -21,7 +21,8 @@ from galerne.export.parity.cases import Case, Plan
 from galerne.export.parity.reference import ReferenceRunner, logits_at
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.parity.tolerances import TABLE
-from galerne.export.synth import preset_config, write_checkpoint
+from galerne.export.preset import preset_config
+from galerne.export.synth import write_checkpoint
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.model import Model

@@ -1,0 +1,135 @@
+"""What a workload takes of a device's memory, part by part.
+
+On a CPU the figures follow ONNX Runtime 1.32 and are held against the resident memory of a process (docs/fit.md). On a GPU they
+are counted from the shapes alone: no engine of TensorRT has been measured.
+"""
+
+from dataclasses import dataclass
+
+from galerne.optimize.fit.workload import Workload
+from galerne.runtime.footprint import Form, head_shape, linear_shapes, slot_bytes, stored_weight_bytes
+from galerne.targets.target import Stack, Target
+
+# ONNX Runtime keeps a quantized weight packed, with a float32 scale and a float32 sum of the weights for each block, and
+# the scales as they were. An int8 weight has blocks of 32 there, whatever it had in the bundle.
+_PACKED_BLOCK_BYTES, _BLOCK_BYTES = 8, 12
+_INT8_BLOCK = 32
+_FLOAT32_BYTES = 4
+# A process of Python with numpy, ONNX Runtime and this runtime that has run a model of no size: measured, 64-bit Linux.
+_PROCESS_BYTES, _PROCESS_LAYER_BYTES = 72_000_000, 330_000
+# What a process needs while it builds the `cpu` engine beside that: onnx-ir and the graph. Measured.
+_CPU_BUILDER_BYTES = 60_000_000
+# How often the layers' widest activation is there at once: gate and up, and both again after they are split.
+_WIDEST_COPIES = 2
+# Scores before and after softmax.
+_SCORE_COPIES = 2
+# TensorRT's libraries in a process, counted where CPU and GPU share the memory. An assumption: not measured.
+_TENSORRT_PROCESS_BYTES = 400_000_000
+# TensorRT's builder: its process, and how often it holds the weights. Measured with TensorRT-RTX 1.7 on x86: docs/fit.md.
+_BUILDER_BYTES = 480_000_000
+_FLOAT_BUILDER_COPIES, _QUANTIZED_BUILDER_COPIES = 3.4, 2.4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part.
+
+    parts: what is there while the model runs: weights, cache, activations, workspace, runtime.
+    transient: the most that is there at once, all parts included, while it is loading, growing the rings, or building.
+    """
+
+    parts: dict[str, int]
+    transient: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All that is there while the model runs."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once, building left out."""
+        return max([self.total, *(size for what, size in self.transient.items() if what != "building")])
+
+
+def memory_of(work: Workload, target: Target, stack: Stack) -> Memory:
+    """Return what a workload takes on a target with one of its stacks; on a CPU that is the `cpu` engine's."""
+    return on_cpu(work) if stack.backend == "onnxruntime" else _on_gpu(work, target, stack)
+
+
+def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
+    """Return what ONNX Runtime takes in this machine's memory.
+
+    Args:
+        widened: whether it runs the `cpu` engine, which computes in float32, or the portable graph.
+    """
+    model, forms = work.model, work.forms
+    compute = _FLOAT32_BYTES if widened else forms.compute_bytes
+    shapes = [(forms.weights, shape) for shape in linear_shapes(model)] * model.num_hidden_layers
+    shapes.append((forms.lm_head, head_shape(model)))
+    products = sum(_packed_bytes(form, *shape) for form, shape in shapes)
+    largest = max(_packed_bytes(form, *shape) + _raw_bytes(form, *shape) for form, shape in shapes)
+    table = model.vocab_size * model.hidden_size * forms.compute_bytes
+    process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
+    slots, before = work.grown_slots()
+    slot = slot_bytes(model, compute) * work.batch
+    # A graph of float16 has each activation in several types, as it is and widened for a product.
+    widest = work.tokens * 2 * model.intermediate_size * _FLOAT32_BYTES * (1 if compute == _FLOAT32_BYTES else 2)
+    scores = work.tokens * model.num_attention_heads * work.longest_ring(grown=True) * compute
+    parts = {
+        "weights": int(products + table),
+        "cache": slots * slot,
+        "activations": _WIDEST_COPIES * widest + _SCORE_COPIES * scores + _logits_bytes(work),
+        "workspace": 0,
+        "runtime": process,
+    }
+    transient = {
+        "loading": int(process + products + largest),
+        "growing": sum(parts.values()) + before * slot,
+        "building": int(process + _CPU_BUILDER_BYTES + products + largest),
+    }
+    return Memory(parts, transient)
+
+
+def _packed_bytes(form: Form, rows: int, columns: int) -> float:
+    """Return what ONNX Runtime's CPU provider keeps of a product's weight: as float32, or packed in blocks."""
+    if form.is_float:
+        return rows * columns * _FLOAT32_BYTES
+    bits = form.bytes_per_weight()
+    block = _INT8_BLOCK if bits == 1 else form.block_for(rows)
+    return rows * columns * (bits + _BLOCK_BYTES / block)
+
+
+def _raw_bytes(form: Form, rows: int, columns: int) -> float:
+    """Return what it reads of a weight while it packs it."""
+    return rows * columns * (_FLOAT32_BYTES if form.is_float else form.bytes_per_weight())
+
+
+def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
+    model, forms = work.model, work.forms
+    compute, tokens = forms.compute_bytes, work.tokens
+    # The rings have their full size from the start. The widest activation, and the residual stream before and after its norm.
+    widest = _WIDEST_COPIES * tokens * 2 * model.intermediate_size * compute
+    activations = widest + 2 * tokens * model.hidden_size * _FLOAT32_BYTES + _logits_bytes(work)
+    ring = work.longest_ring(grown=False)
+    activations += tokens * ring  # the mask, a byte for each query and slot
+    if stack.dialect == "primitive":  # no attention kernel: scores and their softmax, both in float32
+        activations += _SCORE_COPIES * tokens * model.num_attention_heads * ring * _FLOAT32_BYTES
+    # For many tokens at once, kernels may unpack a quantized weight into the type that they multiply in.
+    products = [(forms.weights, shape) for shape in linear_shapes(model)] + [(forms.lm_head, head_shape(model))]
+    workspace = max(0 if form.is_float else rows * columns * compute for form, (rows, columns) in products)
+    parts = {
+        "weights": stored_weight_bytes(model, forms),
+        "cache": work.full_slots() * slot_bytes(model, compute) * work.batch,
+        "activations": activations,
+        "workspace": workspace,
+        "runtime": _TENSORRT_PROCESS_BYTES if target.unified_memory else 0,
+    }
+    if stack.builds_on != "device":
+        return Memory(parts, {})
+    copies = _FLOAT_BUILDER_COPIES if forms.weights.is_float else _QUANTIZED_BUILDER_COPIES
+    return Memory(parts, {"building": int(_BUILDER_BYTES + copies * parts["weights"])})
+
+
+def _logits_bytes(work: Workload) -> int:
+    return work.batch * work.model.vocab_size * _FLOAT32_BYTES
