@@ -1,8 +1,6 @@
 """ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
 
-import ctypes
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import onnxruntime as ort
 from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
+from galerne.runtime.engines.owned import Owned
 from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -104,9 +103,13 @@ class OrtCache:
         return [np.moveaxis(array, ring.slot_axis, 2) for ring, array in zip(self._layout, self._arrays, strict=True)]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Copy the contents of rings of the same shapes and type into these."""
+        """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
         for own, other in zip(self.arrays(), arrays, strict=True):
-            own[...] = other
+            own[:, :, : other.shape[2]] = other
+
+    def copy_from(self, other: "OrtCache") -> None:
+        """Copy the rings of a cache of the same engine, with as many rows and slots, into these."""
+        self.fill(other.arrays())
 
     def close(self) -> None:
         """Let go of the memory, but for what an array of the caller's still shows."""
@@ -149,38 +152,18 @@ class _Binding:
             self.io.bind_ortvalue_output(ring.present, value)
 
 
-class _Session:
-    """ONNX Runtime's session, which ends in the process that opened it only.
-
-    A forked child has none of its threads, and ending it there would wait for them for ever: the child keeps it instead.
-    """
-
-    def __init__(self, graph: Path, options: ort.SessionOptions) -> None:
-        self._pid = os.getpid()
-        self.ort = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-    # Bound here, as the interpreter may have cleared its modules when it comes to this.
-    def __del__(
-        self,
-        process: Callable[[], int] = os.getpid,
-        keep: Callable[[object], object] = ctypes.pythonapi.Py_IncRef,
-        reference: Callable[[object], object] = ctypes.py_object,
-    ) -> None:
-        if process() != self._pid and hasattr(self, "ort"):
-            keep(reference(self.ort))
-
-
 class OrtEngine:
     """A graph in ONNX Runtime's CPU provider: the portable one, or the `cpu` engine."""
 
     def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
         try:
-            self._session: _Session | None = _Session(graph, options)
+            opened = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's errors share no base class of their own
             raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
+        self._session: Owned[Any] | None = Owned(opened)
         self._manifest = manifest
-        inputs = {value.name: value for value in self._session.ort.get_inputs()}
+        inputs = {value.name: value for value in self._session.value.get_inputs()}
         kinds = layer_kinds(manifest.model.layer_windows)[1]
         past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
         self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs[past[0]].type])
@@ -197,6 +180,10 @@ class OrtEngine:
         bound = {**self._no_adapter, **(adapter or {})}
         return OrtCache(batch, self._layout, capacities, self.dtype, self._manifest.model.vocab_size, bound)
 
+    def tokens_of_run(self, wanted: int, most: int) -> int:
+        """As `Engine.tokens_of_run` says: a graph takes any number."""
+        return wanted
+
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
         assert isinstance(cache, OrtCache) and self._session is not None
@@ -205,12 +192,12 @@ class OrtEngine:
         if binding is None:
             if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
                 cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            binding = _Binding(self._session.ort, cache, self._manifest, self._layout, *shape)
+            binding = _Binding(self._session.value, cache, self._manifest, self._layout, *shape)
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices
         try:
-            self._session.ort.run_with_iobinding(binding.io)
+            self._session.value.run_with_iobinding(binding.io)
         except Exception as exc:
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}"

@@ -8,7 +8,7 @@ from galerne.runtime.engines.cpu import open_cpu
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.engines.record import load_record
-from galerne.runtime.engines.tensorrt import open_tensorrt
+from galerne.runtime.engines.tensorrt.open import open_tensorrt
 
 PORTABLE = "portable"
 CPU = "cpu"
@@ -43,7 +43,7 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
     if record.backend == "onnxruntime":
         return open_cpu(bundle, record, threads)
     if record.backend in ("tensorrt", "tensorrt_rtx"):
-        open_tensorrt(bundle, record)
+        return open_tensorrt(bundle, record)
     raise BackendError(
         f"{bundle.path}: engine {name}: backend {record.backend!r} is unknown to this version of Galerne"
     )
