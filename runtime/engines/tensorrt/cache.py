@@ -33,6 +33,11 @@ class Group:
         """The rings as the last run left them."""
         return self.rings[self._turn]
 
+    def clear(self) -> None:
+        """Fill the rings with zeros, not waiting for it: a masked slot's value meets a weight of zero, and 0 times NaN is NaN."""
+        for ring in dict.fromkeys((*self.rings[0], *self.rings[1])):
+            self._plan.driver.clear(ring.address, ring.size, self._stream.handle)
+
     def step(self, profile: PlanProfile, tokens: int, logits: int) -> Step:
         """Return the step of a shape, which is kept."""
         key = (tokens, logits, self._turn)
@@ -61,10 +66,7 @@ class Group:
 
     def _new(self, shape: tuple[int, ...]) -> DeviceMemory:
         size = self.size * int(np.prod(shape)) * self._plan.ring_dtype.itemsize
-        memory = DeviceMemory(self._plan.driver, size)
-        # Zeros and not what was there: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
-        self._plan.driver.clear(memory.address, size, self._stream.handle)
-        return memory
+        return DeviceMemory(self._plan.driver, size)
 
 
 class TensorRTCache:
@@ -79,10 +81,11 @@ class TensorRTCache:
         self.last_logits: Float32 = pinned_array(plan.driver, (batch, 1, plan.vocab_size), np.float32)
         with plan.driver.current():
             self.stream = Stream(plan.driver)
-            self.groups: list[Group] = []
-            for first in range(0, batch, group):
-                rows = slice(first, min(first + group, batch))
-                self.groups.append(Group(plan, self.stream, rows, self.last_logits[rows]))
+            parts = [slice(first, min(first + group, batch)) for first in range(0, batch, group)]
+            self.groups = [Group(plan, self.stream, rows, self.last_logits[rows]) for rows in parts]
+            # Not before all of it is there: memory that is being cleared could not be given back where more runs out.
+            for each in self.groups:
+                each.clear()
             plan.driver.synchronize(self.stream.handle)
 
     def resize(self, capacities: Sequence[int]) -> None:

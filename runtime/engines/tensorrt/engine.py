@@ -29,7 +29,7 @@ class TensorRTEngine:
         """
         self.name, self.dtype = name, plan.ring_dtype
         self._plan, self._driver, self._capacities = plan, driver, tuple(capacities)
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._contexts: dict[int, Owned[Any]] = {}
         self._group = min(profile.batch[1] for profile in plan.profiles)
         if not any(profile.takes(self._group, 1) for profile in plan.profiles):
@@ -69,6 +69,9 @@ class TensorRTEngine:
     def close(self) -> None:
         """Let go of the engine and the GPU; no run may follow. Caches must be closed first."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             self._contexts.clear()
             self._stream.close()
             self._plan.close()

@@ -94,9 +94,9 @@ class FakeDriver:
 
     def free(self, address: int) -> None:
         with self._lock:
-            block = self._blocks.pop(address, None)
-        self._must(block is not None, "memory freed twice, or never allocated")
-        self._must(not block.pending, "memory freed while a stream uses it")  # type: ignore[union-attr]
+            self._must(address in self._blocks, "memory freed twice, or never allocated")
+            self._must(not self._blocks[address].pending, "memory freed while a stream uses it")
+            del self._blocks[address]
 
     def allocate_host(self, size: int) -> int:
         self._must(size > 0, "an allocation of no bytes")
