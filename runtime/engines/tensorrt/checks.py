@@ -1,13 +1,18 @@
 """What must hold before an engine is loaded. Each refusal gives both values and what to rebuild; none needs a GPU."""
 
+import platform
+import sys
+
 from galerne.errors import BackendError, InputError
 from galerne.files import sha256_file
-from galerne.runtime.bundle import ENGINES, Bundle
+from galerne.runtime.bundle import ENGINES, MANIFEST, WEIGHTS, Bundle
 from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.engines.tensorrt.driver import Device
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
+# The lowered graph, which lies beside a stripped engine.
+NETWORK = "network.onnx"
 # The first capability that TensorRT's "ampere plus" engines run on.
 _AMPERE = (8, 0)
 
@@ -28,6 +33,24 @@ def check_version(bundle: Bundle, record: EngineRecord, installed: str) -> None:
         f"{_where(bundle, record)}: built by {library} {built}, here is {installed}; it loads in {accepted} only: install "
         f"that, or {_rebuild(bundle, record)}"
     )
+
+
+def check_platform(bundle: Bundle, record: EngineRecord) -> None:
+    """Raises: BackendError if the engine was built for another operating system or architecture than this machine's."""
+    here = f"{sys.platform}-{platform.machine()}"
+    if record.platform not in (None, here):
+        raise BackendError(
+            f"{_where(bundle, record)}: built for {record.platform}, this machine is {here}; {_rebuild(bundle, record)} on it"
+        )
+
+
+def check_driver(bundle: Bundle, record: EngineRecord, device: Device) -> None:
+    """Raises: BackendError if the driver is of an older major version of CUDA than the engine was built with."""
+    if record.cuda is not None and _numbers(device.driver_version)[:1] < _numbers(record.cuda)[:1]:
+        raise BackendError(
+            f"{_where(bundle, record)}: built with CUDA {record.cuda}, the driver here runs up to {device.driver_version}; "
+            "update the driver"
+        )
 
 
 def check_capability(bundle: Bundle, record: EngineRecord, device: Device) -> None:
@@ -61,14 +84,23 @@ def check_rings(bundle: Bundle, record: EngineRecord) -> None:
 
 
 def check_bytes(bundle: Bundle, record: EngineRecord) -> None:
-    """Read the engine's file and compare it with the manifest. Raises: InputError if a byte was changed."""
-    name = f"{ENGINES}/{record.target}/{record.file}"
-    found, expected = sha256_file(bundle.file(name)), bundle.manifest.files[name].sha256
-    if found != expected:
-        raise InputError(
-            f"{_where(bundle, record)}: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…: the file was changed; "
-            f"copy it again, or {_rebuild(bundle, record)}"
-        )
+    """Read what is about to be loaded and compare it with the manifest: the engine, and what a stripped one is refitted from.
+
+    Raises: InputError if a byte was changed.
+    """
+    folder = f"{ENGINES}/{record.target}"
+    names = [f"{folder}/{record.file}"]
+    if record.weights == "stripped":
+        names += [f"{folder}/{NETWORK}", WEIGHTS]
+    for name in names:
+        if name not in bundle.manifest.files:
+            raise InputError(f"{bundle.path / MANIFEST}: files: {name!r} is not listed; {_rebuild(bundle, record)}")
+        found, expected = sha256_file(bundle.file(name)), bundle.manifest.files[name].sha256
+        if found != expected:
+            raise InputError(
+                f"{bundle.path / name}: its SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…: the file was changed; "
+                f"copy it again, or {_rebuild(bundle, record)}"
+            )
 
 
 def check_memory(bundle: Bundle, record: EngineRecord, free_bytes: int) -> None:

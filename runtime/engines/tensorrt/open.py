@@ -9,7 +9,9 @@ from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.engines.tensorrt.checks import (
     check_bytes,
     check_capability,
+    check_driver,
     check_memory,
+    check_platform,
     check_rings,
     check_version,
 )
@@ -42,6 +44,7 @@ def open_tensorrt(
     try:
         opened = library(record.backend)
         check_version(bundle, record, opened.version)
+        check_platform(bundle, record)
         check_rings(bundle, record)
         check_bytes(bundle, record)
         gpu = driver()
@@ -49,6 +52,7 @@ def open_tensorrt(
         raise BackendError(f"{path}: {exc}" if str(path) not in str(exc) else str(exc)) from exc
     with ExitStack() as undo:
         undo.callback(gpu.close)
+        check_driver(bundle, record, gpu.device)
         check_capability(bundle, record, gpu.device)
         graph = bundle.manifest.graph
         with gpu.current():

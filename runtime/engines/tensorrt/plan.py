@@ -12,14 +12,13 @@ from galerne.files import read_file
 from galerne.runtime.bundle import ENGINES, WEIGHTS, Bundle
 from galerne.runtime.engines.owned import Owned
 from galerne.runtime.engines.record import EngineRecord
+from galerne.runtime.engines.tensorrt.checks import NETWORK
 from galerne.runtime.engines.tensorrt.driver import Driver
 from galerne.runtime.engines.tensorrt.library import Library
 from galerne.runtime.engines.tensorrt.memory import DeviceMemory
 from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
 
 IDS, POSITIONS, LOGIT_INDICES, LOGITS = "input_ids", "position_ids", "logit_indices", "logits"
-# The lowered graph, which lies beside a stripped engine.
-NETWORK = "network.onnx"
 # How much of streamed weights the GPU keeps, in the record's options; without it TensorRT chooses by the free memory.
 _BUDGET = "weight_streaming_budget_bytes"
 

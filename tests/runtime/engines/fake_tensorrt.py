@@ -4,6 +4,7 @@ Its engine file is a line of JSON and the graph as it was lowered for TensorRT, 
 TensorRT's own; `test_tensorrt_fake_driver.py` holds them against the package where it is installed.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from enum import Enum
@@ -13,8 +14,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from galerne.optimize.builders.tensorrt.build_plan import NETWORK
+from galerne.optimize.builders.tensorrt.options import Options
+from galerne.optimize.builders.tensorrt.options import profiles as plan_profiles
 from galerne.optimize.lower.tensorrt import lower
-from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of
 from galerne.runtime.manifest import layer_kinds
 from tests.runtime.engines.fake_cuda import FakeDriver, MisuseError, Operation
@@ -274,22 +278,33 @@ def prefill(chunk: int) -> dict[str, list[int]]:
 
 
 def enter_engine(
-    bundle: Bundle, profiles: Profiles | None = None, *, name: str = "rtx-4090", stripped: bool = False, **changes: Any
+    bundle: Bundle,
+    profiles: Profiles | None = None,
+    *,
+    name: str = "rtx-4090",
+    chosen: Options | None = None,
+    stripped: bool = False,
+    **changes: Any,
 ) -> Bundle:
-    """Write an engine of the fake TensorRT-RTX into a bundle, with its record, as `galerne build` would."""
-    model = onnx.load(bundle.file(GRAPH))
-    facts = bundle.manifest.graph
-    kinds = layer_kinds(bundle.manifest.model.layer_windows)[1]
-    lower(model, [facts.capacities[kind] for kind in kinds], facts.compute_type)
-    for node in model.graph.node:
-        for attribute in [one for one in node.attribute if one.name == "TRT_decomposable"]:
-            node.attribute.remove(attribute)  # TensorRT's own, which ONNX Runtime refuses
-    graph = model.SerializeToString()
-    head = {"profiles": profiles or [DECODE, prefill(facts.chunk)], "stripped": stripped}
+    """Lower the graph as `galerne build` does, and write what the fake TensorRT-RTX loads in place of compiling it.
+
+    Args:
+        profiles: in place of those that `galerne build` gives an engine.
+        changes: of the record.
+    """
     folder = bundle.file(f"engines/{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "engine.plan").write_bytes(json.dumps(head).encode() + b"\n" + graph)
-    (folder / "network.onnx").write_bytes(graph)
+    facts = bundle.manifest.graph
+    kinds = layer_kinds(bundle.manifest.model.layer_windows)[1]
+    network = onnx.load(bundle.file(GRAPH))
+    lowered = lower(network, [facts.capacities[kind] for kind in kinds], facts.compute_type)
+    planned = plan_profiles(chosen or Options(), facts.chunk)
+    (folder / NETWORK).write_bytes(network.SerializeToString())
+    for node in network.graph.node:
+        for attribute in [one for one in node.attribute if one.name == "TRT_decomposable"]:
+            node.attribute.remove(attribute)  # TensorRT's own, which ONNX Runtime refuses
+    head = {"profiles": profiles or [dataclasses.asdict(profile) for profile in planned], "stripped": stripped}
+    (folder / "engine.plan").write_bytes(json.dumps(head).encode() + b"\n" + network.SerializeToString())
     settings: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "target": name,
@@ -298,13 +313,14 @@ def enter_engine(
         "file": "engine.plan",
         "compute_capability": "8.9",
         "cpu_features": None,
-        "profiles": (),
-        "inputs": inputs_of(bundle, ("model.onnx", "weights.bin")),
+        "profiles": planned,
+        "inputs": inputs_of(bundle, (GRAPH, WEIGHTS)),
         "parity": "none",
-        "options": {"capacities": list(facts.capacities)},
+        "options": lowered,
+        "cuda": "13",
         "weights": "stripped" if stripped else "inside",
     }
     record = EngineRecord(**{**settings, **changes})
     (folder / "engine.json").write_bytes(record.to_json())
-    names = ("engine.json", "engine.plan", "network.onnx")
+    names = ("engine.json", "engine.plan", NETWORK)
     return bundle.with_files(f"engines/{name}", [f"engines/{name}/{file}" for file in names])

@@ -91,6 +91,28 @@ def test_rings_of_another_size(with_engine: WithEngine, gpu: FakeGpu) -> None:
     refused(bundle, gpu, InputError, f"built with rings of 32 slots, the bundle's have 24; {REBUILD}")
 
 
+def test_another_platform(with_engine: WithEngine, gpu: FakeGpu) -> None:
+    refused(
+        with_engine(platform="linux-riscv64"),
+        gpu,
+        BackendError,
+        f"built for linux-riscv64, this machine is .*{REBUILD}",
+    )
+
+
+def test_an_older_driver(with_engine: WithEngine, gpu: FakeGpu) -> None:
+    gpu.replace(FakeDriver(driver_version="12.6"))
+    refused(with_engine(), gpu, BackendError, "built with CUDA 13, the driver here runs up to 12.6; update the driver")
+
+
+def test_a_stripped_engines_graph_and_weights(with_engine: WithEngine, gpu: FakeGpu) -> None:
+    """They are as much a part of it as its own file."""
+    for file in (f"engines/{NAME}/network.onnx", "weights.bin"):
+        refused(
+            changed(with_engine(stripped=True), file), gpu, InputError, f"{file}: its SHA-256 is .*file was changed"
+        )
+
+
 def test_too_little_memory(with_engine: WithEngine, gpu: FakeGpu) -> None:
     gpu.replace(FakeDriver(memory_bytes=100_000))
     refused(with_engine(), gpu, BackendError, "GB of GPU memory and more to run, 0.0 GB are free")

@@ -16,6 +16,7 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.parity.verify import verify
+from galerne.optimize.builders.tensorrt.options import Options
 from galerne.optimize.quantize import recipe as recipes
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.generate import Generation
@@ -60,7 +61,7 @@ def test_fake_driver_generates_the_portable_graphs_tokens(with_engine: WithEngin
 @pytest.mark.parametrize(
     ("profiles", "settings"),
     [
-        (None, {}),
+        ([DECODE, prefill(CHUNK)], {}),
         (None, {"in_place": False}),
         ([{**DECODE, "batch": [1, 1, 3]}, ANY_LOGITS], {}),
         ([{**DECODE, "batch": [1, 1, 2]}, {**ANY_LOGITS, "batch": [1, 1, 2]}], {"in_place": False}),
@@ -101,11 +102,11 @@ def test_fake_driver_pads_where_a_profile_has_one_size(with_engine: WithEngine, 
         assert gpu.driver.counts["run"] == 5
 
 
-@pytest.mark.parametrize("draft", [None, {"batch": [1, 1, 1], "tokens": [2, 4, 5], "logits": [2, 4, 5]}])
-def test_fake_driver_speculates(with_engine: WithEngine, gpu: FakeGpu, draft: Any) -> None:
-    """With a profile for drafts, all of a draft's logits come from one run."""
+@pytest.mark.parametrize("draft", [0, 4])
+def test_fake_driver_speculates(with_engine: WithEngine, gpu: FakeGpu, draft: int) -> None:
+    """With a profile for drafts, and without one, where a run of the prompt's profile checks them."""
     text = (IDS[:7] * 6)[:40]
-    bundle = with_engine("fp32", [DECODE, prefill(CHUNK), *([draft] if draft else [])])
+    bundle = with_engine("fp32", chosen=Options(draft=draft))
     assert tokens(bundle, NAME, [text], 40, speculate=4) == tokens(bundle, "portable", [text], 40)
 
 
@@ -199,8 +200,7 @@ def test_fake_driver_refits_a_stripped_engine(with_engine: WithEngine, gpu: Fake
 
 
 def test_fake_driver_refuses_a_batch_that_no_profile_takes(with_engine: WithEngine, gpu: FakeGpu) -> None:
-    four = {"batch": [2, 4, 4], "logits": [1, 1, 1]}
-    bundle = with_engine("fp32", [{**four, "tokens": [1, 1, 1]}, {**four, "tokens": [1, 8, 8]}])
+    bundle = with_engine("fp32", chosen=Options(batch=(2, 4, 4)))
     with Model.open(bundle.path, NAME) as model:
         with pytest.raises(InputError, match="no profile takes 1 sequences of 8 tokens .there are: B 2 to 4, S 1 to 1"):
             model.session().append(IDS[:8])
