@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
+"""ONNX Runtime: the graph's session, and its CPU provider with weights mapped and the ring bound as both past and present."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
 
 
 @dataclass(frozen=True)
-class _RingLayout:
+class RingLayout:
     """How one ring lies in memory.
 
     past, present: the graph's input and output.
@@ -65,7 +65,7 @@ class OrtCache:
     def __init__(
         self,
         batch: int,
-        layout: Sequence[_RingLayout],
+        layout: Sequence[RingLayout],
         capacities: Sequence[int],
         dtype: npt.DTypeLike,
         vocab_size: int,
@@ -124,7 +124,7 @@ class _Binding:
         session: ort.InferenceSession,
         cache: OrtCache,
         manifest: Manifest,
-        layout: Sequence[_RingLayout],
+        layout: Sequence[RingLayout],
         tokens: int,
         logits: int,
     ):
@@ -152,26 +152,44 @@ class _Binding:
             self.io.bind_ortvalue_output(ring.present, value)
 
 
+def open_session(graph: Path, options: ort.SessionOptions, providers: Sequence[str]) -> Owned[Any]:
+    """Open a graph in ONNX Runtime. Raises: BackendError if it cannot."""
+    try:
+        return Owned(ort.InferenceSession(str(graph), options, providers=list(providers)))
+    except Exception as exc:  # onnxruntime's errors share no base class of their own
+        raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
+
+
+def run_bound(session: Owned[Any], io: Any, shape: tuple[int, ...]) -> None:
+    """Run what is bound. Raises: BackendError if ONNX Runtime fails."""
+    try:
+        session.value.run_with_iobinding(io)
+    except Exception as exc:
+        raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {shape}: {one_line(exc)}") from exc
+
+
+def ring_layout(session: Owned[Any], manifest: Manifest) -> tuple[list[RingLayout], np.dtype[Any]]:
+    """Return how a graph's rings lie in memory, keys and values by turns, and their type."""
+    inputs = {value.name: value for value in session.value.get_inputs()}
+    kinds = layer_kinds(manifest.model.layer_windows)[1]
+    past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
+    layout = [
+        RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
+        for i, (before, after) in enumerate(zip(past, present, strict=True))
+    ]
+    return layout, np.dtype(_TYPES[inputs[past[0]].type])
+
+
 class OrtEngine:
     """A graph in ONNX Runtime's CPU provider: the portable one, or the `cpu` engine."""
 
     def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
-        try:
-            opened = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
-        self._session: Owned[Any] | None = Owned(opened)
+        session = open_session(graph, options, ["CPUExecutionProvider"])
+        self._session: Owned[Any] | None = session
         self._manifest = manifest
-        inputs = {value.name: value for value in self._session.value.get_inputs()}
-        kinds = layer_kinds(manifest.model.layer_windows)[1]
-        past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
-        self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs[past[0]].type])
+        self._layout, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
-        self._layout = [
-            _RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
-            for i, (before, after) in enumerate(zip(past, present, strict=True))
-        ]
 
     def new_cache(
         self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
@@ -196,12 +214,7 @@ class OrtEngine:
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices
-        try:
-            self._session.value.run_with_iobinding(binding.io)
-        except Exception as exc:
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}"
-            ) from exc
+        run_bound(self._session, binding.io, ids.shape)
         return binding.logits
 
     def close(self) -> None:
