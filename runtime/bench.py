@@ -61,7 +61,7 @@ def bench(
         rows.feed([prompt[:1]])
         steps.append(time.perf_counter() - start)
     peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
-    length, bytes_per_value = prompt_tokens + decode_tokens, rows.cache.arrays()[0].itemsize
+    length, bytes_per_value = prompt_tokens + decode_tokens, model.engine.dtype.itemsize
     forms = forms_of(model.bundle.manifest.recipe)
     read = decode_weight_bytes(model.facts, forms) + seen_cache_bytes(model.facts, length, bytes_per_value)
     read += adapter.nbytes if adapter is not None else 0

@@ -56,10 +56,14 @@ class Ring:
             for now, full in zip(self.capacities, self._facts.capacities, strict=True)
         )
 
-    def next_run(self, wanted: int) -> int:
-        """Return how many tokens the next run takes, at most `wanted`: a chunk, and no row may cross a ring's end."""
+    def room(self) -> int:
+        """Return how many tokens the next run takes at most: a chunk, and no row may cross a ring's end."""
         left = min(capacity - int((self.positions % capacity).max()) for capacity in self.capacities)
-        return min(wanted, self._facts.chunk, left)
+        return min(self._facts.chunk, left)
+
+    def next_run(self, wanted: int) -> int:
+        """Return how many of `wanted` more tokens the next run takes."""
+        return min(wanted, self.room())
 
     def write_indices(self) -> Int64:
         """Return the slot of each row's next token in each kind's ring, [kinds, B] int64."""

@@ -38,6 +38,7 @@ class Rows:
         self._cancelled, self._closed = False, False
         inputs = None if adapter is None else adapter.inputs
         self.cache = model.engine.new_cache(len(ring.positions), ring.capacities, inputs)
+        self.ring.capacities = self.cache.capacities  # larger than asked for, where an engine's rings have one size
 
     @property
     def lengths(self) -> list[int]:
@@ -119,7 +120,7 @@ class Rows:
                     raise Cancelled(f"cancelled: {done.sum()} of {lengths.sum()} new tokens were fed")
                 wanted = int((lengths - done).max())
                 self._grow(min(wanted, self.model.graph.chunk))
-                size = ring.next_run(wanted)
+                size = self.model.engine.tokens_of_run(ring.next_run(wanted), ring.room())
                 counts = np.minimum(lengths - done, size)
                 # Shorter rows are padded at their end: the padding's positions go on counting, and are overwritten later.
                 ids = np.zeros((len(pending), size), np.int64)
@@ -144,7 +145,7 @@ class Rows:
         with self.exclusive:
             self.check_usable()
             twin = self.model.rows_at(self.ring.copy(), self.adapter)
-            twin.cache.fill(self.cache.arrays())
+            twin.cache.copy_from(self.cache)
             return twin
 
     def close(self) -> None:

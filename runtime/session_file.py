@@ -20,7 +20,7 @@ from galerne import __version__, schema
 from galerne.errors import InputError
 from galerne.files import atomic_file
 from galerne.runtime.adapter import Adapter, fingerprint
-from galerne.runtime.manifest import cache_names
+from galerne.runtime.manifest import cache_names, layer_kinds
 from galerne.runtime.ring import Ring
 from galerne.runtime.rows import Float32, Rows
 from galerne.runtime.safetensors import entries_in_a_row, header_bytes
@@ -32,7 +32,8 @@ SCHEMA_VERSION = 1
 
 _RECORD = "galerne_session"  # its key in the metadata, whose values are text
 _MOST_HEADER_BYTES = 1 << 24
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# NumPy lacks bfloat16: an engine that keeps it gives its bits.
+_TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 _REMEDY = "feed the text again"
 
 
@@ -114,10 +115,10 @@ def _read(
         raise InputError(
             f"{path}: saved with another {what} ({record.bundle[:12]}…) than {against} ({expected_by[:12]}…); {_REMEDY}"
         )
-    rows = model.rows_at(_ring(model, path, record), adapter)
+    ring = _ring(model, path, record)
     logits = np.zeros(model.facts.vocab_size, np.float32) if record.has_logits else None
-    # Read into arrays of our own and not into the cache's, which may lie on another device.
-    arrays = _tensors([np.empty(array.shape, array.dtype) for array in rows.cache.arrays()], logits)
+    # Read into arrays of our own and not into the cache's, which may lie on another device, or be larger.
+    arrays = _tensors(_empty(model, record), logits)
     expected = _layout(arrays)
     if header != expected:
         found, wanted = _cache_type(header), _cache_type(expected)
@@ -136,8 +137,16 @@ def _read(
         digest.update(_bytes(array))
     if digest.hexdigest() != record.sha256:
         raise InputError(f"{path}: its SHA-256 is not the one it was saved with: the file was changed; {_REMEDY}")
-    rows.cache.fill(list(arrays.values())[: len(rows.cache.arrays())])
+    rows = model.rows_at(ring, adapter)
+    rows.cache.fill([array for name, array in arrays.items() if name != "logits"])
     return rows, logits
+
+
+def _empty(model: "Model", record: SessionRecord) -> list[npt.NDArray[Any]]:
+    """Return arrays for the rings of a record, keys and values by turns."""
+    facts = model.facts
+    slots = [record.capacities[kind] for kind in layer_kinds(facts.layer_windows)[1] for _ in range(2)]
+    return [np.empty((1, facts.num_key_value_heads, count, facts.head_dim), model.engine.dtype) for count in slots]
 
 
 def _header(path: Path, file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:

@@ -103,5 +103,9 @@ def poison(rows: Rows) -> None:
     asks a caller for rings of finite values, as those of earlier sequences are.
     """
     rng = np.random.default_rng(0)
+    poisoned = []
     for index, ring in enumerate(rows.cache.arrays()):
-        ring[...] = rng.choice([-1, 1], ring.shape) * (_POISON_VALUE if index % 2 else _POISON_KEY)
+        values = rng.choice([-1, 1], ring.shape).astype(np.float32) * (_POISON_VALUE if index % 2 else _POISON_KEY)
+        bits = ring.dtype == np.uint16  # bfloat16: the upper half of float32
+        poisoned.append((values.view(np.uint32) >> 16).astype(np.uint16) if bits else values.astype(ring.dtype))
+    rows.cache.fill(poisoned)

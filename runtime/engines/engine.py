@@ -22,13 +22,17 @@ class Cache(Protocol):
         """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """Return the rings, keys and values by turns, without a copy where the device's memory allows it.
+        """Return the rings, keys and values by turns: the memory itself where this process can read it, else copies.
 
-        Whatever order the engine keeps them in, the axes are [B, num_key_value_heads, C, head_dim]: strides may be unusual.
+        Write through `fill` only, which reaches the rings either way. Whatever order the engine keeps them in, the axes are
+        [B, num_key_value_heads, C, head_dim]: strides may be unusual.
         """
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Copy the contents of rings of the same shapes and type into these."""
+        """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
+
+    def copy_from(self, other: Any) -> None:
+        """Copy the rings of a cache of the same engine, with as many rows and slots, into these."""
 
     def close(self) -> None:
         """Let go of the memory, but for what an array of the caller's still shows."""
@@ -52,6 +56,14 @@ class Engine(Protocol):
 
         Args:
             adapter: what to bind to the graph's adapter inputs in every run of these rows, by their names, in `dtype`.
+        """
+
+    def tokens_of_run(self, wanted: int, most: int) -> int:
+        """Return how many tokens S a run takes where each row has up to `wanted` more, and there is room for `most`.
+
+        Args:
+            wanted: at least 1, at most `most`.
+        Returns: less than `wanted`, or more, where the engine takes certain sizes only: the caller pads.
         """
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:

@@ -1,8 +1,6 @@
-"""ONNX Runtime's CPU provider: weights mapped, the ring bound as both past and present."""
+"""ONNX Runtime: the graph's session, and its CPU provider with weights mapped and the ring bound as both past and present."""
 
-import ctypes
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import onnxruntime as ort
 from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
+from galerne.runtime.engines.owned import Owned
 from galerne.runtime.heap import give_back
 from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
 
@@ -34,7 +33,7 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
 
 
 @dataclass(frozen=True)
-class _RingLayout:
+class RingLayout:
     """How one ring lies in memory.
 
     past, present: the graph's input and output.
@@ -67,7 +66,7 @@ class OrtCache:
     def __init__(
         self,
         batch: int,
-        layout: Sequence[_RingLayout],
+        layout: Sequence[RingLayout],
         capacities: Sequence[int],
         dtype: npt.DTypeLike,
         vocab_size: int,
@@ -107,9 +106,13 @@ class OrtCache:
         return [np.moveaxis(array, ring.slot_axis, 2) for ring, array in zip(self._layout, self._arrays, strict=True)]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Copy the contents of rings of the same shapes and type into these."""
+        """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
         for own, other in zip(self.arrays(), arrays, strict=True):
-            own[...] = other
+            own[:, :, : other.shape[2]] = other
+
+    def copy_from(self, other: "OrtCache") -> None:
+        """Copy the rings of a cache of the same engine, with as many rows and slots, into these."""
+        self.fill(other.arrays())
 
     def close(self) -> None:
         """Let go of the memory, but for what an array of the caller's still shows."""
@@ -124,7 +127,7 @@ class _Binding:
         session: ort.InferenceSession,
         cache: OrtCache,
         manifest: Manifest,
-        layout: Sequence[_RingLayout],
+        layout: Sequence[RingLayout],
         tokens: int,
         logits: int,
     ):
@@ -152,25 +155,32 @@ class _Binding:
             self.io.bind_ortvalue_output(ring.present, value)
 
 
-class _Session:
-    """ONNX Runtime's session, which ends in the process that opened it only.
+def open_session(graph: Path, options: ort.SessionOptions, providers: Sequence[str]) -> Owned[Any]:
+    """Open a graph in ONNX Runtime. Raises: BackendError if it cannot."""
+    try:
+        return Owned(ort.InferenceSession(str(graph), options, providers=list(providers)))
+    except Exception as exc:  # onnxruntime's errors share no base class of their own
+        raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
 
-    A forked child has none of its threads, and ending it there would wait for them for ever: the child keeps it instead.
-    """
 
-    def __init__(self, graph: Path, options: ort.SessionOptions) -> None:
-        self._pid = os.getpid()
-        self.ort = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+def run_bound(session: Owned[Any], io: Any, shape: tuple[int, ...]) -> None:
+    """Run what is bound. Raises: BackendError if ONNX Runtime fails."""
+    try:
+        session.value.run_with_iobinding(io)
+    except Exception as exc:
+        raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {shape}: {one_line(exc)}") from exc
 
-    # Bound here, as the interpreter may have cleared its modules when it comes to this.
-    def __del__(
-        self,
-        process: Callable[[], int] = os.getpid,
-        keep: Callable[[object], object] = ctypes.pythonapi.Py_IncRef,
-        reference: Callable[[object], object] = ctypes.py_object,
-    ) -> None:
-        if process() != self._pid and hasattr(self, "ort"):
-            keep(reference(self.ort))
+
+def ring_layout(session: Owned[Any], manifest: Manifest) -> tuple[list[RingLayout], np.dtype[Any]]:
+    """Return how a graph's rings lie in memory, keys and values by turns, and their type."""
+    inputs = {value.name: value for value in session.value.get_inputs()}
+    kinds = layer_kinds(manifest.model.layer_windows)[1]
+    past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
+    layout = [
+        RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
+        for i, (before, after) in enumerate(zip(past, present, strict=True))
+    ]
+    return layout, np.dtype(_TYPES[inputs[past[0]].type])
 
 
 class OrtEngine:
@@ -178,21 +188,12 @@ class OrtEngine:
 
     def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
-        try:
-            self._session: _Session | None = _Session(graph, options)
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
+        session = open_session(graph, options, ["CPUExecutionProvider"])
+        self._session: Owned[Any] | None = session
         give_back()
         self._manifest = manifest
-        inputs = {value.name: value for value in self._session.ort.get_inputs()}
-        kinds = layer_kinds(manifest.model.layer_windows)[1]
-        past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
-        self.dtype: np.dtype[Any] = np.dtype(_TYPES[inputs[past[0]].type])
+        self._layout, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
-        self._layout = [
-            _RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
-            for i, (before, after) in enumerate(zip(past, present, strict=True))
-        ]
 
     def new_cache(
         self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
@@ -200,6 +201,10 @@ class OrtEngine:
         """As `Engine.new_cache` says."""
         bound = {**self._no_adapter, **(adapter or {})}
         return OrtCache(batch, self._layout, capacities, self.dtype, self._manifest.model.vocab_size, bound)
+
+    def tokens_of_run(self, wanted: int, most: int) -> int:
+        """As `Engine.tokens_of_run` says: a graph takes any number."""
+        return wanted
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
@@ -209,16 +214,11 @@ class OrtEngine:
         if binding is None:
             if len(cache.bindings) > 1:  # keep that of decoding and one more: prompts come in many lengths
                 cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            binding = _Binding(self._session.ort, cache, self._manifest, self._layout, *shape)
+            binding = _Binding(self._session.value, cache, self._manifest, self._layout, *shape)
             cache.bindings[shape] = binding
         binding.ids[:], binding.positions[:] = ids, positions
         binding.write_indices[:], binding.logit_indices[:] = write_indices, logit_indices
-        try:
-            self._session.ort.run_with_iobinding(binding.io)
-        except Exception as exc:
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} failed in a run of {ids.shape}: {one_line(exc)}"
-            ) from exc
+        run_bound(self._session, binding.io, ids.shape)
         return binding.logits
 
     def close(self) -> None:

@@ -7,8 +7,9 @@ from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines.cpu import open_cpu
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.ort import OrtEngine, session_options
+from galerne.runtime.engines.ort_device import CUDA, open_cuda_provider
 from galerne.runtime.engines.record import load_record
-from galerne.runtime.engines.tensorrt import open_tensorrt
+from galerne.runtime.engines.tensorrt.open import open_tensorrt
 
 PORTABLE = "portable"
 CPU = "cpu"
@@ -20,8 +21,8 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
     """Open an engine of a bundle.
 
     Args:
-        name: "portable" for the graph itself, or an engine's name. By default the `cpu` engine where there is one that fits
-            this machine, and the portable graph otherwise.
+        name: "portable" for the graph itself, "cuda" for the same in ONNX Runtime's CUDA provider, or an engine's name. By
+            default the `cpu` engine where there is one that fits this machine, and the portable graph otherwise.
         exact: multiply quantized weights with float32 activations (portable graph only).
         threads: of ONNX Runtime; by default one for each core.
     Raises: InputError if there is no such engine, BackendError if it cannot run here.
@@ -39,11 +40,13 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
             )
         options = session_options(exact=exact, threads=threads)
         return OrtEngine(bundle.file(GRAPH), bundle.manifest, name=PORTABLE, options=options)
+    if name == CUDA:
+        return open_cuda_provider(bundle, exact=exact, threads=threads)
     record = load_record(bundle, name)
     if record.backend == "onnxruntime":
         return open_cpu(bundle, record, threads)
     if record.backend in ("tensorrt", "tensorrt_rtx"):
-        open_tensorrt(bundle, record)
+        return open_tensorrt(bundle, record)
     raise BackendError(
         f"{bundle.path}: engine {name}: backend {record.backend!r} is unknown to this version of Galerne"
     )

@@ -19,7 +19,7 @@ from galerne.runtime.bundle import Bundle
 from galerne.runtime.chat import ChatTemplate
 from galerne.runtime.engines.record import load_record
 from galerne.runtime.engines.select import open_engine
-from galerne.runtime.engines.tensorrt import gpu_count
+from galerne.runtime.engines.tensorrt.driver import gpu_count
 from galerne.runtime.generate import Generation, TextGeneration
 from galerne.runtime.model import Model
 from galerne.runtime.tokenizer import Tokenizer

@@ -30,7 +30,7 @@ EXPORT_ONLY = {
     "transformers",
 }
 # What some devices have: imported in a function, where it is used, and not at the top of a module.
-BACKENDS = {"tensorrt", "tensorrt_rtx"}
+BACKENDS = {"cuda", "tensorrt", "tensorrt_rtx"}
 
 
 def _files(*folders: str) -> list[Path]:

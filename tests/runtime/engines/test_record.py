@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from galerne.errors import BackendError, InputError
+from galerne.errors import InputError
 from galerne.runtime.bundle import Bundle, entry_of
-from galerne.runtime.engines import tensorrt
 from galerne.runtime.engines.record import EngineRecord, Profile, inputs_of, load_record, parity_of, parse
 from galerne.runtime.manifest import SCHEMA_VERSION, GraphFacts, Manifest, ModelFacts, Source
 
@@ -125,20 +124,3 @@ def test_what_a_builder_records_of_the_bundle(bundle: Bundle) -> None:
     assert parity_of(bundle.with_verdict("portable", b"{}", False)) == "failed"
     with pytest.raises(InputError, match=r"'extra\.bin' is not listed"):
         inputs_of(bundle, ("extra.bin",))
-
-
-@pytest.mark.parametrize(
-    ("count", "message"), [(None, "no NVIDIA driver"), (0, "no NVIDIA GPU"), (1, "does not run them yet")]
-)
-def test_a_tensorrt_engine_says_why_it_does_not_run(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, count: int | None, message: str
-) -> None:
-    monkeypatch.setattr(tensorrt, "gpu_count", lambda: count)
-    with pytest.raises(BackendError, match=f"engine.plan: .*{message}.*--engine portable") as caught:
-        tensorrt.open_tensorrt(bundle, load_record(bundle, "l4"))
-    assert caught.value.exit_code == 3
-
-
-def test_the_driver_is_asked_without_failing() -> None:
-    count = tensorrt.gpu_count()
-    assert count is None or count >= 0

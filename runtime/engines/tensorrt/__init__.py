@@ -1,0 +1,1 @@
+"""Engines that TensorRT or TensorRT-RTX built: checked before they are loaded, and run over cuda-python."""

@@ -1,0 +1,127 @@
+"""TensorRT or TensorRT-RTX: imported when needed, its logger, and an engine's file read as it loads it.
+
+Source: TensorRT 10.3 to 11.4 and TensorRT-RTX 1.7, Python API. Where they differ, what is there is used.
+"""
+
+import importlib
+import logging
+import mmap
+from pathlib import Path
+from typing import Any
+
+from galerne.errors import BackendError, one_line
+from galerne.runtime.engines.tensorrt.checks import NAMES
+
+logger = logging.getLogger(__name__)
+
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+# At most so much of an engine is in memory beside where TensorRT puts it.
+_BLOCK_BYTES = 64 << 20
+# Said once for each of our int64 inputs, which are int64 on purpose.
+_EXPECTED = "has Int64 binding"
+
+
+class Library:
+    """One of the two libraries.
+
+    name: as people write it. version: of the library. errors: what it logged as an error, the last ones last.
+    """
+
+    def __init__(self, module: Any, backend: str) -> None:
+        self.module, self.name, self.version = module, NAMES[backend], str(module.__version__)
+        self.errors: list[str] = []
+        self.log = _log(module, self.name, self.errors)
+
+    def cause(self) -> str:
+        """Return what the library last complained about, on one line."""
+        return self.errors[-1] if self.errors else "it gave no reason"
+
+    def check_header(self, runtime: Any, path: Path) -> None:
+        """Ask the library whether it takes an engine, by the head of its file.
+
+        Raises: BackendError with the library's reasons if not. TensorRT before 11 and some after it cannot say, and pass.
+        """
+        if not hasattr(runtime, "get_engine_validity"):
+            return
+        with path.open("rb") as file:
+            validity, found = runtime.get_engine_validity(file.read(runtime.engine_header_size))
+        if validity != self.module.EngineValidity.INVALID:
+            return
+        known = self.module.EngineInvalidityDiagnostics.__members__
+        reasons = [name.lower() for name, flag in known.items() if found & int(flag)]
+        raise BackendError(
+            f"{path}: {self.name} {self.version} does not take this engine ({', '.join(reasons) or 'it gave no reason'}); "
+            "build it again on this machine with --force"
+        )
+
+    def deserialize(self, runtime: Any, path: Path) -> Any:
+        """Load an engine, block by block, so that host memory never holds it a second time.
+
+        Raises: BackendError if the library refuses it, InputError if the file cannot be read.
+        """
+        self.errors.clear()
+        with path.open("rb") as file:
+            if hasattr(self.module, "IStreamReaderV2"):
+                reader = _reader(self.module, file)
+                engine = runtime.deserialize_cuda_engine(reader)
+                if reader.error is not None:
+                    raise BackendError(f"{path}: cannot read it ({one_line(reader.error)})")
+            else:  # 10.3 to 10.6: pages of the file, which the system takes back when it needs memory
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+                    engine = runtime.deserialize_cuda_engine(pages)
+        if engine is None:
+            raise BackendError(f"{path}: {self.name} {self.version} cannot load it: {self.cause()}")
+        return engine
+
+
+def open_library(backend: str) -> Library:
+    """Import the library of a record's backend. Raises: BackendError if it is not installed here."""
+    try:
+        return Library(importlib.import_module(backend), backend)
+    except (ImportError, OSError) as exc:
+        raise BackendError(
+            f"{NAMES[backend]} cannot be imported ({one_line(exc)}); install galerne[{_EXTRAS[backend]}]"
+        ) from exc
+
+
+def _log(module: Any, name: str, errors: list[str]) -> Any:
+    class Log(module.ILogger):  # type: ignore[misc]  # the library has no type stubs
+        """Passes messages to Python's logging; errors are kept for the exception that tells them."""
+
+        def log(self, severity: Any, message: str) -> None:
+            text = " ".join(message.split())
+            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                errors[:] = [*errors[-9:], text]
+            quiet = severity != module.ILogger.WARNING or _EXPECTED in text
+            logger.log(logging.DEBUG if quiet else logging.WARNING, "%s: %s", name, text)
+
+    return Log()
+
+
+def _reader(module: Any, file: Any) -> Any:
+    class Reader(module.IStreamReaderV2):  # type: ignore[misc]
+        """Reads the engine's file where TensorRT asks. error: what went wrong, which cannot pass through its frames."""
+
+        def __init__(self) -> None:
+            module.IStreamReaderV2.__init__(self)
+            self.error: OSError | None = None
+
+        def read(self, num_bytes: int, stream: int) -> bytes:
+            """Return the next bytes: fewer than asked for if that is much, and TensorRT asks again."""
+            try:
+                return bytes(file.read(min(num_bytes, _BLOCK_BYTES)))
+            except OSError as exc:
+                self.error = exc
+                return b""
+
+        def seek(self, offset: int, where: Any) -> bool:
+            """Go to a place in the file."""
+            whence = {module.SeekPosition.SET: 0, module.SeekPosition.CUR: 1, module.SeekPosition.END: 2}[where]
+            try:
+                file.seek(offset, whence)
+            except OSError as exc:
+                self.error = exc
+                return False
+            return True
+
+    return Reader()
