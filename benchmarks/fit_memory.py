@@ -16,8 +16,8 @@ from benchmarks.published import markdown
 from galerne.optimize.fit.memory import on_cpu
 from galerne.optimize.fit.workload import Workload
 from galerne.runtime.bundle import Bundle
-from galerne.runtime.footprint import forms_of
 from galerne.runtime.engines.select import CPU, PORTABLE
+from galerne.runtime.footprint import forms_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from galerne.cli import bench, build, check, demo, export, fit, generate, inspect, synth, targets, verify
+from galerne.cli import bench, build, check, demo, export, fit, generate, inspect, quality, synth, targets, verify
 from galerne.errors import GalerneError
 
 _BUG = 70
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, export, verify, check, build, generate, bench, inspect, fit, synth, targets):
+for command in (demo, export, verify, quality, check, build, generate, bench, inspect, fit, synth, targets):
     command.register(app)
 
 

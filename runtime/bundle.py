@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from galerne import schema
 from galerne.errors import InputError
@@ -94,12 +95,23 @@ class Bundle:
 
     def with_verdict(self, engine: str, report: bytes, passed: bool) -> "Bundle":
         """Write a parity report and enter its verdict into the manifest."""
-        name = f"{REPORTS}/parity-{engine}.json"
+        return self._with_report("parity", self.manifest.parity, engine, report, passed)
+
+    def with_quality(self, engine: str, report: bytes, passed: bool) -> "Bundle":
+        """Write a quality report and enter its verdict into the manifest."""
+        return self._with_report("quality", self.manifest.quality, engine, report, passed)
+
+    def _with_report(
+        self, kind: str, verdicts: dict[str, Verdict], engine: str, report: bytes, passed: bool
+    ) -> "Bundle":
+        name = f"{REPORTS}/{kind}-{engine}.json"
         self.file(REPORTS).mkdir(exist_ok=True)
         write_atomic(self.file(name), report)
-        files = {**self.manifest.files, name: entry_of(self.file(name))}
-        parity = {**self.manifest.parity, engine: Verdict(passed, name)}
-        return self._rewrite(dataclasses.replace(self.manifest, files=files, parity=parity))
+        changed: dict[str, Any] = {
+            "files": {**self.manifest.files, name: entry_of(self.file(name))},
+            kind: {**verdicts, engine: Verdict(passed, name)},
+        }
+        return self._rewrite(dataclasses.replace(self.manifest, **changed))
 
     def _rewrite(self, manifest: Manifest) -> "Bundle":
         write_atomic(self.path / MANIFEST, manifest.to_json())

@@ -122,7 +122,7 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the bundle, run one way, matched its PyTorch source.
+    """Whether the bundle, run one way, passed a check against its PyTorch source.
 
     report: the file under reports/ with every case, by its path in the bundle.
     """
@@ -138,6 +138,7 @@ class Manifest:
     recipe: the quantization recipe, resolved, as its TOML file reads.
     tools: versions of what made the bundle.
     parity: the verdict for each way of running it: "portable" or an engine's name.
+    quality: likewise, whether what the recipe costs on text was within the limits; absent where it was not measured.
     files: every other file of the bundle by its path in it, with / between folders.
     """
 
@@ -150,6 +151,7 @@ class Manifest:
     tools: dict[str, str]
     parity: dict[str, Verdict] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
+    quality: dict[str, Verdict] = field(default_factory=dict, metadata=schema.LATER)
 
     def to_json(self) -> bytes:
         """Return the manifest as UTF-8 JSON; the same manifest gives the same bytes."""

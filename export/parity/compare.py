@@ -60,7 +60,7 @@ def kl(reference: Floats, candidate: Floats) -> float:
     """Return the mean over positions of KL(reference, candidate) in nats; logits [K, vocab_size] each."""
     total = 0.0
     for one, other in zip(reference, candidate, strict=True):
-        p, q = _log_softmax(one), _log_softmax(other)
+        p, q = log_softmax(one), log_softmax(other)
         total += float((np.exp(p) * (p - q)).sum())
     return total / len(reference)
 
@@ -71,7 +71,7 @@ def top1_agreement(reference: Floats, candidate: Floats) -> float:
     return float(same.mean())
 
 
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     with np.errstate(invalid="ignore"):  # of infinite logits: NaN, which fails
         shifted = logits.astype(np.float64) - float(logits.max())
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())

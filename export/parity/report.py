@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from galerne.export.page import page, verdict_class
 from galerne.export.parity.tolerances import Limits
 
 
@@ -78,79 +79,38 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Parity: {verdict}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }}
-h1 span {{ padding: 0 .5rem; border-radius: .3rem; color: #fff; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #d9dee6; font-variant-numeric: tabular-nums; }}
-th:first-child, td:first-child {{ text-align: left; }}
-td.bar {{ width: 12rem; }}
-.track {{ position: relative; height: .7rem; background: #eef1f5; }}
-.track div {{ position: absolute; top: 0; bottom: 0; left: 0; }}
-.yes {{ background: #2c7a4b; }}
-.no {{ background: #b3261e; }}
-dt {{ float: left; clear: left; width: 10rem; color: #566070; }}
-dd {{ margin-left: 10rem; }}
-td.why {{ text-align: left; color: #b3261e; }}
-</style>
-</head>
-<body>
-<h1>Parity <span class="{verdict_class}">{verdict}</span></h1>
-<dl>
-<dt>Engine</dt><dd>{engine}</dd>
-<dt>Recipe</dt><dd>{recipe}</dd>
-<dt>Reference</dt><dd>{reference}</dd>
-<dt>Arithmetic</dt><dd>{arithmetic}</dd>
-<dt>Limits</dt><dd>max_abs {max_abs}, mean_kl {max_mean_kl}, top1_agreement {min_top1}{greedy}</dd>
-<dt>Their source</dt><dd>{source}</dd>
-<dt>Against the source</dt><dd>{against}</dd>
-</dl>
-<table>
+_TABLE = """<table>
 <thead><tr><th>Case</th><th>Tokens</th><th>max_abs</th><th>mean_kl, nats</th><th>top1</th>
 <th>max_abs, log scale; full is the limit</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
-</table>
-</body>
-</html>
-"""
+</table>"""
 _BAR_DECADES = 6.0
 
 
 def html(report: Report) -> str:
     """Return a report as one page that needs nothing beside itself."""
     limits, source = report.tolerances, report.against_source
-    return _PAGE.format(
-        verdict=_verdict(report.passed),
-        verdict_class=_class(report.passed),
-        engine=escape(report.engine),
-        recipe=escape(report.recipe),
-        reference=escape(report.reference),
-        arithmetic=escape(report.arithmetic),
-        max_abs=_number(limits.max_abs),
-        max_mean_kl=_number(limits.max_mean_kl),
-        min_top1=_number(limits.min_top1_agreement),
-        greedy=", greedy tokens identical" if limits.greedy else "",
-        source=escape(limits.source),
-        against=escape(
-            f"{source.case}, weights as they are: max_abs {_number(source.max_abs)}, mean_kl {_number(source.mean_kl)}, "
-            f"top1_agreement {_number(source.top1_agreement)}; no criterion"
-        ),
-        rows="\n".join(_row(case, limits.max_abs) for case in report.cases),
-    )
+    facts = {
+        "Engine": report.engine,
+        "Recipe": report.recipe,
+        "Reference": report.reference,
+        "Arithmetic": report.arithmetic,
+        "Limits": f"max_abs {_number(limits.max_abs)}, mean_kl {_number(limits.max_mean_kl)}, top1_agreement "
+        f"{_number(limits.min_top1_agreement)}{', greedy tokens identical' if limits.greedy else ''}",
+        "Their source": limits.source,
+        "Against the source": f"{source.case}, weights as they are: max_abs {_number(source.max_abs)}, mean_kl "
+        f"{_number(source.mean_kl)}, top1_agreement {_number(source.top1_agreement)}; no criterion",
+    }
+    rows = "\n".join(_row(case, limits.max_abs) for case in report.cases)
+    return page("Parity", report.passed, facts, _TABLE.format(rows=rows))
 
 
 def _row(case: CaseResult, limit: float) -> str:
     cells = (str(case.tokens), _number(case.max_abs), _number(case.mean_kl), _number(case.top1_agreement))
     line = f"<tr><td>{escape(case.name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells)
-    bar = f'<div class="{_class(case.passed)}" style="width: {_width(case, limit):.0f}%"></div>'
+    bar = f'<div class="{verdict_class(case.passed)}" style="width: {_width(case, limit):.0f}%"></div>'
     line += f'<td class="bar"><div class="track">{bar}</div></td></tr>'
     if case.failures:
         line += f'\n<tr><td class="why" colspan="6">{escape("; ".join(case.failures))}</td></tr>'
@@ -166,11 +126,3 @@ def _width(case: CaseResult, limit: float) -> float:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
-
-
-def _verdict(passed: bool) -> str:
-    return "passed" if passed else "failed"
-
-
-def _class(passed: bool) -> str:
-    return "yes" if passed else "no"

@@ -8,7 +8,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ class StreamedModel:
     of transformers' class; it then holds them all), and never by Galerne.
 
     model: what to call. rounding: the recipe that weights are rounded by; None takes them as they are.
+    substitute: gives other weights in place of the checkpoint's by a parameter's name, or None where it has none.
     """
 
     def __init__(self, checkpoint: Checkpoint, adapter: Path | None = None) -> None:
@@ -71,6 +72,7 @@ class StreamedModel:
             raise InputError(f"{checkpoint.path}: transformers cannot load it ({one_line(exc)})") from exc
         self.model.eval()
         self._rounding: AnyRecipe | None = None
+        self._substitute: Callable[[str], Tensor | None] | None = None
         self._kept: dict[str, nn.Parameter] = {}
         self._keep = sum(4 * math.prod(parameter.shape) for parameter in self.model.parameters()) <= _KEEP_BYTES
         for path, module in self.model.named_modules():
@@ -88,8 +90,20 @@ class StreamedModel:
         self._rounding = recipe
         self._kept.clear()
 
+    @property
+    def substitute(self) -> Callable[[str], Tensor | None] | None:
+        """What gives other weights in place of the checkpoint's."""
+        return self._substitute
+
+    @substitute.setter
+    def substitute(self, other: Callable[[str], Tensor | None] | None) -> None:
+        self._substitute = other
+        self._kept.clear()
+
     def weight(self, name: str) -> Tensor:
         """Return a parameter as the model computes with it: float32, rounded. A tied projection has its own name."""
+        if self._substitute is not None and (other := self._substitute(name)) is not None:
+            return other
         stored = self._stored(name)
         shape = tuple(self.model.get_parameter(name).shape)
         if self._weights.shape(stored) != shape:

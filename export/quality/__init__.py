@@ -1,0 +1,1 @@
+"""What quantization costs: a bundle against its source on text, in perplexity and KL divergence."""

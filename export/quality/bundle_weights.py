@@ -1,0 +1,74 @@
+"""A bundle's weights as its graph computes with them, dequantized, under the names of transformers' parameters."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from galerne.optimize.quantize.qdq import SCALE_SUFFIX, VALUES_SUFFIX, ZERO_POINT_SUFFIX
+from galerne.runtime.bundle import GRAPH, Bundle
+
+Float32 = npt.NDArray[np.float32]
+
+# What the graph keeps as one product, by its last name, and the parts that transformers has side by side.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_WHOLE = {part: (whole, parts) for whole, parts in _FUSED.items() for part in parts}
+
+
+class BundleWeights:
+    """Reads one weight at a time; none is kept."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        graph = onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph
+        self._folder = str(bundle.path)
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._products = {name for node in graph.node if node.op_type == "MatMul" for name in node.input[1:2]}
+
+    def parameter(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Tensor | None:
+        """Return a parameter of transformers, float32; None if the graph has none of that name, as experts' and tied ones.
+
+        Args:
+            name: as in "model.layers.0.self_attn.k_proj.weight".
+            shapes: of all parameters of the model, by name: says where a fused product is split.
+        """
+        if self._has(name):
+            return self._shaped(name, shapes[name])
+        prefix, _, kind = name.rpartition(".")
+        prefix, _, module = prefix.rpartition(".")
+        if module not in _WHOLE:
+            return None
+        whole, parts = _WHOLE[module]
+        if not self._has(fused := f"{prefix}.{whole}.{kind}"):
+            return None
+        sizes = [shapes[f"{prefix}.{part}.{kind}"][0] for part in parts]
+        start = sum(sizes[: parts.index(module)])
+        value = self._shaped(fused, (sum(sizes), *shapes[name][1:]))
+        return value[start : start + shapes[name][0]].contiguous()
+
+    def _has(self, name: str) -> bool:
+        return name in self._tensors or name + VALUES_SUFFIX in self._tensors
+
+    def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a weight as transformers lays it out: [out, in]."""
+        if name + VALUES_SUFFIX in self._tensors:
+            return torch.from_numpy(np.ascontiguousarray(self._dequantized(name).T))
+        value = self._read(name)
+        if len(shape) == 2 and name in self._products:
+            value = np.ascontiguousarray(value.T)
+        assert math.prod(value.shape) == math.prod(shape), (name, value.shape, shape)
+        return torch.from_numpy(value.reshape(shape).copy())
+
+    def _dequantized(self, name: str) -> Float32:
+        values, scale = self._read(name + VALUES_SUFFIX), self._read(name + SCALE_SUFFIX)
+        blocks = values.reshape(scale.shape[0] if scale.ndim == 2 else 1, -1, values.shape[1])
+        if name + ZERO_POINT_SUFFIX in self._tensors:
+            zero = self._read(name + ZERO_POINT_SUFFIX)
+            blocks = blocks - zero.reshape(len(blocks), 1, -1)
+        return (blocks * scale.reshape(len(blocks), 1, -1)).reshape(values.shape)
+
+    def _read(self, name: str) -> Float32:
+        return numpy_helper.to_array(self._tensors[name], base_dir=self._folder).astype(np.float32)
