@@ -43,7 +43,7 @@ def compare(path: Path, engine: str, context: int, batch: int = 1) -> Comparison
     graph = manifest.graph
     ring = graph.max_context or context
     work = Workload(manifest.model, forms_of(manifest.recipe), context, batch, graph.chunk, max(ring, context))
-    command = [sys.executable, "-m", "benchmarks.resident", path.resolve(), "--engine", engine]
+    command: list[str | Path] = [sys.executable, "-m", "benchmarks.resident", path.resolve(), "--engine", engine]
     out = run([*command, "--context", str(context), "--batch", str(batch)]).stdout
     predicted = on_cpu(work, widened=engine == CPU).total
     return Comparison(path.name, engine, context, batch, predicted, json.loads(out)["resident_bytes"])

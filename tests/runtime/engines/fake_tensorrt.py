@@ -298,7 +298,7 @@ def enter_engine(
     kinds = layer_kinds(bundle.manifest.model.layer_windows)[1]
     network = onnx.load(bundle.file(GRAPH))
     lowered = lower(network, [facts.capacities[kind] for kind in kinds], facts.compute_type)
-    planned = plan_profiles(chosen or Options(), facts.chunk)
+    planned = plan_profiles(chosen or Options(), facts.chunk, "tensorrt_rtx")
     (folder / NETWORK).write_bytes(network.SerializeToString())
     for node in network.graph.node:
         for attribute in [one for one in node.attribute if one.name == "TRT_decomposable"]:
