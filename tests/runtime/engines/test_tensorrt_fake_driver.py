@@ -202,6 +202,6 @@ def test_fake_driver_refits_a_stripped_engine(with_engine: WithEngine, gpu: Fake
 def test_fake_driver_refuses_a_batch_that_no_profile_takes(with_engine: WithEngine, gpu: FakeGpu) -> None:
     bundle = with_engine("fp32", chosen=Options(batch=(2, 4, 4)))
     with Model.open(bundle.path, NAME) as model:
-        with pytest.raises(InputError, match="no profile takes 1 sequences of 8 tokens .there are: B 2 to 4, S 1 to 1"):
+        with pytest.raises(InputError, match="no profile takes 1 sequences of 8 tokens .there are: B 2 to 4, S 1 to 2"):
             model.session().append(IDS[:8])
         assert np.isfinite(model.rows(2).feed([IDS[:8], IDS[:3]])).all()
