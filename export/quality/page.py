@@ -7,7 +7,9 @@ from html import escape
 from galerne.export.page import page
 from galerne.export.quality.report import Beside, QualityReport
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 56, 28
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 720, 220, 56, 24, 28
+_ROOM = _WIDTH - _LEFT - _RIGHT
+_LABEL = 60  # characters of a recipe's description
 _BLUE, _ORANGE, _GRID = "#2f6db5", "#d1762c", "#d9dee6"
 
 
@@ -43,7 +45,7 @@ def html(report: QualityReport, beside: Sequence[Beside] = ()) -> str:
 
 def _layers(report: QualityReport) -> str:
     top = max(max(layer.total, layer.added) for layer in report.layers) or 1.0
-    step = (_WIDTH - _LEFT) / len(report.layers)
+    step = _ROOM / len(report.layers)
     marks = []
     for layer in report.layers:
         x = _LEFT + layer.layer * step
@@ -56,7 +58,7 @@ def _layers(report: QualityReport) -> str:
 
 def _histogram(report: QualityReport) -> str:
     edges, counts = report.histogram.edges, report.histogram.counts
-    top, step = max(counts) or 1, (_WIDTH - _LEFT) / len(counts)
+    top, step = max(counts) or 1, _ROOM / len(counts)
     marks = [_bar(_LEFT + i * step, step * 0.9, count / top, _BLUE) for i, count in enumerate(counts)]
     # A decade's edge has a whole logarithm.
     ticks = [
@@ -74,13 +76,16 @@ def _sizes(points: Sequence[Beside]) -> str:
         min(point.size_bytes for point in points) * 0.95,
         max(point.size_bytes for point in points) * 1.05,
     )
-    marks, room = [], _WIDTH - _LEFT - 120
+    marks = []
     for i, point in enumerate(points):
-        x = _LEFT + room * (point.size_bytes - smallest) / (largest - smallest)
+        x = _LEFT + _ROOM * (point.size_bytes - smallest) / (largest - smallest)
         y = _y((math.log10(max(point.mean_kl, floor)) - low) / (high - low))
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_ORANGE if i == 0 else _BLUE}"/>')
-        marks.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(point.recipe[:40])}</text>')
-    ticks = [(_LEFT + room * share, f"{(smallest + share * (largest - smallest)) / 1e6:.0f}") for share in (0, 0.5, 1)]
+        # The text goes to the side where there is more room.
+        anchor, beside = ("start", 8) if x < _LEFT + _ROOM / 2 else ("end", -8)
+        label = escape(point.recipe[:_LABEL])
+        marks.append(f'<text x="{x + beside:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{label}</text>')
+    ticks = [(_LEFT + _ROOM * share, f"{(smallest + share * (largest - smallest)) / 1e6:.3g}") for share in (0, 0.5, 1)]
     return _plot(marks, ticks, [(share, f"{10 ** (low + share * (high - low)):.2g}") for share in (0, 0.5, 1)])
 
 
@@ -97,7 +102,7 @@ def _plot(marks: Sequence[str], ticks: Sequence[tuple[float, str]], levels: Sequ
     lines = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
     for share, label in levels:
         y = _y(share)
-        lines.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="{_GRID}"/>')
+        lines.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{_GRID}"/>')
         lines.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     lines += marks
     lines += [f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{label}</text>' for x, label in ticks]
