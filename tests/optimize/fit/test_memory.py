@@ -51,7 +51,8 @@ def test_every_expert_is_counted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, vocab_size=501, sliding_window=16, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=501, sliding_window=16,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     bundle = export(open_checkpoint(tmp_path / "checkpoint"), recipe.load("fp32"), tmp_path / "bundle", chunk=8)
