@@ -65,7 +65,8 @@ class Assessment:
     """What there is to say of a case.
 
     recipe: the name of the one that was asked about, or the best that fits, or where none does the smallest. chosen: its fit.
-    max_context: the longest context with this batch; None where any length fits, 0 where none does.
+    max_context: the longest context with this batch, which a bundle may have to be exported for; None where any length fits,
+        0 where none does.
     max_batch: the most rows at this context; 0 where not even one fits.
     recipes: all recipes by name, widest first.
     best: the widest that fits and has at most 16 bits a weight; None where none fits.
@@ -86,6 +87,8 @@ class Assessment:
         at = f"batch {self.case.batch} and context {self.case.context}"
         if self.best is not None:
             return f"at {at} the recipe {self.best} fits, {gigabytes(self.recipes[self.best].peak_bytes)}"
+        if self.max_context and self.case.fixed_rings:
+            return f"exported with --max-context {self.max_context} it fits"
         if self.max_context:
             return f"with --context {self.max_context} it fits"
         if self.max_batch:
@@ -166,6 +169,7 @@ def _bytes(recipe: AnyRecipe) -> float:
 
 
 def _max_context(case: Case, recipe: AnyRecipe) -> int | None:
+    case = dataclasses.replace(case, fixed_rings=False)  # a bundle can be exported for less
     if case.max_context is None:
         # Every layer has a window, so rings stop growing at the longest one and a chunk.
         full = max(window for window in case.model.layer_windows if window is not None) + case.chunk

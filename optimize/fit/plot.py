@@ -1,6 +1,7 @@
 """Draws memory and speed over the context, for every recipe, as a picture that needs nothing to be shown."""
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def svg(result: Assessment) -> str:
     for name, each in result.recipes.items():
         if not each.missing_types:
             fits[name] = [case.fit(load(name), context=context) for context in contexts]
-    colors = dict(zip(fits, _COLORS, strict=False))
+    colors = dict(zip(fits, itertools.cycle(_COLORS), strict=False))
     limit = result.chosen.limit_bytes
     what = "budget" if limit < result.chosen.usable_bytes else "usable memory"
     panels = [
@@ -116,7 +117,8 @@ def _panel(panel: Panel, contexts: Sequence[int], windows: Sequence[int], top: i
         highest = max(highest, panel.limit[0])
     step = _step(highest)
     ceiling = math.ceil(highest * 1.04 / step) * step
-    low, high = math.log(contexts[0]), math.log(contexts[-1])
+    low = math.log(contexts[0])
+    high = math.log(contexts[-1]) if len(contexts) > 1 else low + 1
 
     def x(context: float) -> float:
         return _LEFT + _WIDTH * (math.log(context) - low) / (high - low)
