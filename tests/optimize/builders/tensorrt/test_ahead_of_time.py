@@ -85,11 +85,11 @@ def _cases() -> Iterator[Any]:
     """Every target with every type; by default each target once, each type once, and what is refused."""
     for target in TARGETS:
         for name, needed in TYPES.items():
-            quick = "fp16" == name or target == "l4" or needed not in load(target).stack(STACK).types
+            quick = name == "fp16" or target == "l4" or needed not in load(target).stack(STACK).types
             yield pytest.param(target, name, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("target", "name"), _cases())
+@pytest.mark.parametrize(("target", "name"), list(_cases()))
 def test_a_target_takes_a_type_or_refuses_it_first(bundles: Bundles, target: str, name: str) -> None:
     chosen = load(target)
     if TYPES[name] not in chosen.stack(STACK).types:
