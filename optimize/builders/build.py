@@ -18,12 +18,14 @@ from galerne.targets.target import Stack, Target
 def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
     """Return one of the target's stacks, and why it.
 
-    Without a name it is the first whose builder is installed here; for a box, in the version that the box has.
+    Without a name it is the first whose builder is installed here in the stack's version; where there is none, the first whose
+    builder is here in any, but for a box, which has the version that it has.
 
     Raises: InputError if there is none of that name.
     """
     if name is not None:
         return target.stack(name), "as --stack says"
+    other: tuple[Stack, str] | None = None
     for stack in target.stacks:
         if stack.backend == "onnxruntime":
             return stack, "it needs nothing else"
@@ -31,10 +33,15 @@ def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
             library = import_library(stack.backend)
         except BackendError:
             continue
-        if stack.builds_on != "device" or stack.version is None or is_version(library.version, stack.version):
+        if stack.version is None or is_version(library.version, stack.version):
             return stack, f"{library.title} is installed here"
+        if other is None and stack.builds_on != "device":
+            other = stack, f"{library.title} is installed here, though what is known of it is of {stack.version}"
     first = target.stacks[0]
-    return first, f"its first; {TITLES.get(first.backend, first.backend)} is not installed here, nor another's builder"
+    return other or (
+        first,
+        f"its first; {TITLES.get(first.backend, first.backend)} is not installed here, nor another's builder",
+    )
 
 
 def build(
@@ -62,6 +69,7 @@ def build(
     if parity_of(bundle) == "failed" and not force:
         raise CheckFailed(f"{bundle.path}: its parity check failed, so no engine is built from it (--force overrides)")
     chosen = stack or choose_stack(target)[0]
+    # The place for "does not fit", from `optimize.fit`: nothing was written yet, and `force` says build all the same.
     folder = f"{ENGINES}/{target.name}"
     bundle.file(ENGINES).mkdir(exist_ok=True)
     timings = _timings(bundle, target, chosen, locked)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import os
+import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,9 +58,7 @@ def opset24(bundle_of: Callable[[str], Bundle], tmp_path: Path) -> Bundle:
 
 
 def copy(bundle: Bundle, out: Path) -> Bundle:
-    out.mkdir()
-    for name in (*bundle.manifest.files, "manifest.json"):
-        os.link(bundle.file(name), out / name)
+    shutil.copytree(bundle.path, out)
     return Bundle.open(out)
 
 
@@ -85,7 +84,7 @@ def test_each_version_is_told_what_it_takes(
     assert told.flags == ({"EDITABLE_TIMING_CACHE"} if streamed else set())
     assert (record.backend, record.backend_version, record.stack) == ("tensorrt", version, stack.name)
     assert (record.compute_capability, record.cuda) == ("8.7", stack.cuda)
-    assert record.platform == f"linux-{os.uname().machine}"
+    assert record.platform == f"linux-{platform.machine()}"
     assert [(p.name, p.tokens) for p in record.profiles] == [("decode", (1, 1, 1)), ("prefill", (1, 8, 8))]
     assert record.timing_cache == TIMING_CACHE
     assert (bundle.path / "engines/orin" / ENGINE).stat().st_size > 100_000
@@ -122,6 +121,14 @@ def test_a_stack_is_chosen_by_what_is_installed(fake_tensorrt: Fake, monkeypatch
     fake_tensorrt("10.3.0")
     assert choose_stack(both) == (PLAIN, "TensorRT 10.3.0 is installed here")
     assert choose_stack(ORIN) == (JETPACK_6, "TensorRT 10.3.0 is installed here")
+    versions = tuple(dataclasses.replace(PLAIN, name=version, version=version) for version in ("11", "10.16", "10.3"))
+    assert choose_stack(dataclasses.replace(A10, stacks=versions))[0].name == "10.3"
+    fake_tensorrt("10.14.1")
+    assert choose_stack(dataclasses.replace(A10, stacks=versions)) == (
+        versions[0],
+        "TensorRT 10.14.1 is installed here, though what is known of it is of 11",
+    )
+    assert choose_stack(ORIN)[1].startswith("its first")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     assert choose_stack(dataclasses.replace(A10, stacks=(rtx,)))[1].startswith(
         "its first; TensorRT-RTX is not installed"

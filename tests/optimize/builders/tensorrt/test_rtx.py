@@ -307,9 +307,9 @@ def test_a_build_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str], cap
 @pytest.mark.parametrize(
     ("compute", "weights", "message"),
     [
-        ("float16", "int4", r"uses int4, which t4 lacks.*--precision fp16 or int8, or choose among a10, .*rtx-5090"),
-        ("bfloat16", "float", "uses bfloat16, which t4 lacks"),
-        ("float32", "float", "uses float32, which t4 lacks"),
+        ("float16", "int4", r"t4 does not take .*int4, expected float16 or int8: .*--precision int8 or fp16.*a10"),
+        ("bfloat16", "float", "MatMul.*bfloat16, expected float16 or int8"),
+        ("float32", "float", "MatMul.*float32, expected float16 or int8"),
     ],
 )
 def test_a_type_that_the_target_lacks_is_refused_first(
