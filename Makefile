@@ -18,7 +18,7 @@ LAYERS := cli export optimize runtime targets
 BESIDE := $(sort $(foreach f,tests examples benchmarks,$(if $(shell find $(f) -name '*.py' -print -quit 2>/dev/null),$(f))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow check format lint types demo clean distclean
+.PHONY: help setup test test-slow test-gpu check format lint types demo clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -42,6 +42,9 @@ test: $(STAMP) ## run every test that takes less than a minute and no GPU
 
 test-slow: $(STAMP) ## run the tests that take longer
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## run the tests that need an NVIDIA GPU; EXTRAS=export,rtx,tensorrt,dev installs all of what they use
+	@$(BIN)/python -m pytest -q -m "gpu" $(PYTEST_ARGS)
 
 check: format lint types ## format, lint and types
 

@@ -54,6 +54,17 @@ def test_fake_driver_memory_of_a_session_goes_with_it(with_engine: WithEngine, g
             assert gpu.driver.held == before
 
 
+def test_fake_driver_memory_does_not_grow_with_the_shapes_of_runs(with_engine: WithEngine, gpu: FakeGpu) -> None:
+    """Prompts come in many lengths: what was bound for one goes when the next comes, and decoding keeps its graph."""
+    with Model.open(with_engine().path, NAME) as model:
+        session, held = model.session(), set()
+        for length in range(2, 9):
+            session.append(IDS[:length])
+            session.append([1])
+            held.add(gpu.driver.held)
+        assert len(held) == 1
+
+
 CALLS = [
     "cuMemcpyHtoDAsync",
     "run",
