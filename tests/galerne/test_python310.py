@@ -1,7 +1,7 @@
 """JetPack 6 has Python 3.10: what a box runs uses nothing newer.
 
-Newer syntax does not parse, as far as Python's parser can be told so, and ruff's target version refuses it too. Newer parts of the standard library are found by asking a Python 3.10, where one is
-installed, for everything that the code takes from it: each module, and each name of a module.
+Newer syntax does not parse, as far as Python's parser can be told so, and ruff's target version refuses it too. Newer parts of
+the standard library are found by asking a Python 3.10, where one is installed, for all that the code takes from it.
 """
 
 import ast
