@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ["galerne", "targets", "runtime", "optimize", "export", "cli"]
+FOLDERS = ["galerne", "targets", "runtime", "optimize", "cli"]
 
 ASK = """
 import importlib, sys

@@ -58,7 +58,8 @@ def test_compressed(pack: Pack) -> None:
 
 
 def test_what_it_holds(unpacked: Path, primitive: Bundle) -> None:
-    sums = dict(reversed(line.split("  ")) for line in (unpacked / "SHA256SUMS").read_text().splitlines())
+    lines = (line.split("  ") for line in (unpacked / "SHA256SUMS").read_text().splitlines())
+    sums = {name: digest for digest, name in lines}
     there = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert there == {*sums, "SHA256SUMS"}
     for name, expected in sums.items():
