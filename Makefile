@@ -18,7 +18,7 @@ LAYERS := cli export optimize runtime targets
 BESIDE := $(sort $(foreach f,tests examples benchmarks,$(if $(shell find $(f) -name '*.py' -print -quit 2>/dev/null),$(f))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-gpu check format lint types demo clean distclean
+.PHONY: help setup test test-slow test-gpu check format lint types arm64-root demo clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -66,6 +66,9 @@ types: $(STAMP)
 	    grep -qF "no issues found in $$files source files" $(TYPES)/summary.txt || \
 	    { echo "mypy did not see all $$files files: $$(cat $(TYPES)/summary.txt)" >&2; exit 1; }
 	@cat $(TYPES)/summary.txt
+
+arm64-root: ## fetch what the qemu test runs in; needs debootstrap and qemu-user-static
+	@sh tests/export/package/make_arm64_root.sh build/arm64-root
 
 demo: $(STAMP) ## export, quantize, verify and generate on the example checkpoints
 	@rm -rf demo-output

@@ -6,7 +6,23 @@ import traceback
 
 import typer
 
-from galerne.cli import bench, build, check, demo, export, fit, generate, inspect, quality, synth, targets, verify
+from galerne.cli import (
+    bench,
+    build,
+    check,
+    compile,
+    demo,
+    deploy,
+    export,
+    fit,
+    generate,
+    inspect,
+    package,
+    quality,
+    synth,
+    targets,
+    verify,
+)
 from galerne.errors import GalerneError
 
 _BUG = 70
@@ -19,7 +35,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, export, verify, quality, check, build, generate, bench, inspect, fit, synth, targets):
+_COMMANDS = (
+    demo,
+    export,
+    verify,
+    quality,
+    check,
+    fit,
+    build,
+    package,
+    deploy,
+    compile,
+    generate,
+    bench,
+    inspect,
+    synth,
+    targets,
+)
+for command in _COMMANDS:
     command.register(app)
 
 

@@ -69,7 +69,10 @@ class Entry:
 
 
 class SafetensorsHeader:
-    """A mapped safetensors file whose header was read and checked."""
+    """A mapped safetensors file whose header was read and checked.
+
+    entries: the tensors by name. metadata: the file's own notes, which the format leaves free.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a file. Raises: InputError if it is missing, truncated, or its header does not describe it."""
@@ -82,7 +85,10 @@ class SafetensorsHeader:
                 f"{path}: header length: found {length} bytes in a file of {self._file.size}; "
                 f"either this is no safetensors file or {_AGAIN}"
             )
-        self.entries = _parse_header(self._file.bytes(_LENGTH_BYTES, length), str(path))
+        header = _parse_json(self._file.bytes(_LENGTH_BYTES, length), str(path))
+        metadata = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
+        self.entries = {name: _parse_entry(item, f"{path}: {name!r}") for name, item in header.items()}
         self._check_layout()
 
     def view(self, name: str, dtype: DTypeLike) -> NDArray[Any]:
@@ -120,14 +126,14 @@ class SafetensorsHeader:
             )
 
 
-def _parse_header(data: bytes, where: str) -> dict[str, Entry]:
+def _parse_json(data: bytes, where: str) -> dict[str, object]:
     try:
         header = json.loads(data)
     except (ValueError, RecursionError) as exc:
         raise InputError(f"{where}: header: not JSON ({exc}); either this is no safetensors file or {_AGAIN}") from exc
     if not isinstance(header, dict):
         raise InputError(f"{where}: header: expected a table, found {type(header).__name__}; {_AGAIN}")
-    return {name: _parse_entry(item, f"{where}: {name!r}") for name, item in header.items() if name != "__metadata__"}
+    return header
 
 
 def _parse_entry(item: object, where: str) -> Entry:

@@ -1,12 +1,17 @@
 """Folders of TOML files that ship with the package: their names, and each file as a record that has its file's name."""
 
-import tomllib
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol, TypeVar
 
 from galerne import schema
 from galerne.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class Named(Protocol):

@@ -18,6 +18,7 @@ from galerne.runtime.engines.select import PORTABLE
 from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
 from galerne.runtime.rows import Rows
+from galerne.runtime.steps import feed_steps
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -81,19 +82,8 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
         rows = model.rows(len(case.lengths), full_ring=ring == "full", adapter=self._adapter)
         if case.poisoned:
             poison(rows)
-        wanted = self._plan.positions(case)
-        parts: list[list[Float32]] = [[] for _ in case.lengths]
-        for counts in case.steps:
-            first = rows.lengths
-            spans = [(start, start + count) for start, count in zip(first, counts, strict=True)]
-            fed = [self._plan.sequences[row][start:end].tolist() for row, (start, end) in enumerate(spans)]
-            keep = [
-                (positions[(positions >= start) & (positions < end)] - start).tolist()
-                for positions, (start, end) in zip(wanted, spans, strict=True)
-            ]
-            for part, logits in zip(parts, rows.feed_all(fed, keep=keep), strict=True):
-                part.append(logits)
-        return np.concatenate([logits for part in parts for logits in part])
+        sequences = self._plan.sequences[: len(case.lengths)]
+        return np.concatenate(feed_steps(rows, sequences, case.steps, self._plan.positions(case)))
 
 
 def poison(rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Compares what two runners returned, case by case: Polygraphy's comparison, and two measures of the distributions."""
+"""Compares what two runners returned, case by case, with Polygraphy's comparison and the runtime's measures."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,9 @@ from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from galerne.export.parity.cases import Case
-from galerne.export.parity.report import CaseResult
-from galerne.export.parity.tolerances import Limits
+from galerne.runtime.measures import CaseResult, Limits, judge
 
 Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.floating[Any]]
 
 
 def compare_case(case: Case, results: RunResults, limits: Limits) -> CaseResult:
@@ -33,16 +31,8 @@ def compare_case(case: Case, results: RunResults, limits: Limits) -> CaseResult:
         same, _ = _within(results, 0.0)
         differences = () if same else (_first_difference(wanted, got),)
         return CaseResult(case.name, tokens, None, None, float((wanted == got).mean()), same, differences)
-    within, max_abs = _within(results, limits.max_abs)
-    mean_kl, agreement = kl(wanted, got), top1_agreement(wanted, got)
-    failures = []
-    if not within:
-        failures.append(f"max_abs {max_abs:.3g} is over {limits.max_abs:.3g}")
-    if not mean_kl <= limits.max_mean_kl:  # as NaN is not
-        failures.append(f"mean_kl {mean_kl:.3g} is over {limits.max_mean_kl:.3g}")
-    if round((1 - agreement) * len(wanted)) > max(1, (1 - limits.min_top1_agreement) * len(wanted)):
-        failures.append(f"top1_agreement {agreement:.3g} is under {limits.min_top1_agreement:.3g}")
-    return CaseResult(case.name, tokens, max_abs, mean_kl, agreement, not failures, tuple(failures))
+    _, max_abs = _within(results, limits.max_abs)
+    return judge(case.name, tokens, wanted, got, max_abs, limits)
 
 
 def _mismatch(case: Case, reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> str | None:
@@ -54,28 +44,6 @@ def _mismatch(case: Case, reference: Mapping[str, Array], candidate: Mapping[str
         if reference[name].shape != candidate[name].shape:
             return f"{name}: expected shape {list(reference[name].shape)}, found {list(candidate[name].shape)}"
     return None
-
-
-def kl(reference: Floats, candidate: Floats) -> float:
-    """Return the mean over positions of KL(reference, candidate) in nats; logits [K, vocab_size] each."""
-    total = 0.0
-    for one, other in zip(reference, candidate, strict=True):
-        p, q = log_softmax(one), log_softmax(other)
-        total += float((np.exp(p) * (p - q)).sum())
-    return total / len(reference)
-
-
-def top1_agreement(reference: Floats, candidate: Floats) -> float:
-    """Return the share of positions with the same likeliest token; logits [K, vocab_size] each. NaN agrees with nothing."""
-    same = (reference.argmax(axis=1) == candidate.argmax(axis=1)) & ~np.isnan(candidate).any(axis=1)
-    return float(same.mean())
-
-
-def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # of infinite logits: NaN, which fails
-        shifted = logits.astype(np.float64) - float(logits.max())
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
 
 
 def _within(results: RunResults, atol: float) -> tuple[bool, float]:

@@ -1,34 +1,12 @@
 """What a parity run found: as records, as JSON, and as a page."""
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from galerne.export.page import page, verdict_class
-from galerne.export.parity.tolerances import Limits
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One case's measures over all its compared positions.
-
-    tokens: how many were fed and generated.
-    max_abs: the largest difference between two logits; None where there was nothing to compare.
-    mean_kl: KL(reference, bundle) in nats; None where tokens were compared and not logits.
-    top1_agreement: the share of positions with the same likeliest token, or of generated tokens that are the same.
-    failures: what went over a limit, a line each.
-    """
-
-    name: str
-    tokens: int
-    max_abs: float | None
-    mean_kl: float | None
-    top1_agreement: float
-    passed: bool
-    failures: tuple[str, ...] = ()
+from galerne.runtime.measures import CaseResult, Limits, plain
 
 
 @dataclass(frozen=True)
@@ -64,19 +42,7 @@ class Report:
 
     def to_json(self) -> bytes:
         """Return the report as UTF-8 JSON without times or paths; four digits a number, and null for NaN."""
-        return (
-            json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value
+        return (json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 _TABLE = """<table>

@@ -5,28 +5,9 @@ from typing import Literal
 
 from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.runtime.engines.select import CPU
+from galerne.runtime.measures import Limits
 
 Arithmetic = Literal["float32", "float16", "int8 activations"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the logits of every case must keep to.
-
-    max_abs: the largest difference between two logits.
-    max_mean_kl: the mean over positions of KL(reference, bundle) in nats.
-    min_top1_agreement: the share of positions whose likeliest token is the same. One position a case may always differ,
-        since two tokens can be as good as equal.
-    greedy: whether each token of free generation must be the one that the reference holds likeliest after those before it; one
-        whose logit is within max_abs of the likeliest's will do.
-    source: where the numbers come from.
-    """
-
-    max_abs: float
-    max_mean_kl: float
-    min_top1_agreement: float
-    greedy: bool
-    source: str
 
 
 @dataclass(frozen=True)

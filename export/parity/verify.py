@@ -11,7 +11,7 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.candidate import CandidateRunner
 from galerne.export.parity.cases import make_plan
-from galerne.export.parity.compare import compare_case, kl, top1_agreement
+from galerne.export.parity.compare import compare_case
 from galerne.export.parity.reference import ReferenceRunner
 from galerne.export.parity.report import AgainstSource, Report
 from galerne.export.parity.streamed import source_window
@@ -21,6 +21,7 @@ from galerne.optimize.quantize.recipe import read_resolved
 from galerne.progress import Task, step
 from galerne.runtime.bundle import MANIFEST, Bundle
 from galerne.runtime.engines.select import PORTABLE
+from galerne.runtime.measures import kl, top1_agreement
 
 
 def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None, adapter: Path | None = None) -> Report:

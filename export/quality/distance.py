@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from galerne.export.parity.compare import log_softmax
+from galerne.runtime.measures import log_softmax
 
 Array = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]

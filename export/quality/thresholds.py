@@ -1,8 +1,9 @@
 """What a bundle's quality must reach: limits from a TOML file."""
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+import tomllib
 
 from galerne import schema
 from galerne.errors import InputError

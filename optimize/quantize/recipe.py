@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.resources
-import tomllib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,11 @@ from typing import Any, Literal
 from galerne import schema
 from galerne.errors import InputError
 from galerne.runtime.manifest import FloatType
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _FOLDER = importlib.resources.files("galerne.optimize.recipes")
 # What `--precision` stands for: the plain recipe of each type.

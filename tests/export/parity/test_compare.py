@@ -9,9 +9,9 @@ import pytest
 from polygraphy.comparator import IterationResult, RunResults
 
 from galerne.export.parity.cases import Case
-from galerne.export.parity.compare import compare_case, kl, top1_agreement
-from galerne.export.parity.report import CaseResult
+from galerne.export.parity.compare import compare_case
 from galerne.export.parity.tolerances import TABLE, Arithmetic
+from galerne.runtime.measures import CaseResult, kl, top1_agreement
 
 Logits = npt.NDArray[np.float32]
 Outputs = Mapping[str, npt.NDArray[Any]]

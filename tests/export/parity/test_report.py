@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from galerne.export.parity.report import AgainstSource, CaseResult, Report, html
+from galerne.export.parity.report import AgainstSource, Report, html
 from galerne.export.parity.tolerances import TABLE, arithmetic
 from galerne.optimize.quantize import recipe
+from galerne.runtime.measures import CaseResult
 
 CASES = (
     CaseResult("prompt of 8", 8, 1.23456789e-5, 1e-13, 1.0, True),

@@ -1,0 +1,1 @@
+"""Lists of pinned wheels, one for each Python and CUDA that a box has."""
