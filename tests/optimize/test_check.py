@@ -237,7 +237,7 @@ def test_the_table_of_tensorrt_rtx_agrees_with_its_parser(
 
     from galerne.optimize.builders.tensorrt.hooks import log_of
 
-    log = log_of(trt)
+    log = log_of(trt.ILogger)
     network = trt.Builder(log).create_network(0)
     assert trt.OnnxParser(network, log).parse(model.SerializeToString()) == parses
     assert says(model, tmp_path) == fine
