@@ -69,9 +69,10 @@ def fit(
     if not result.chosen.fits:
         raise CheckFailed(result.refusal())
     if not result.chosen.builds:
+        building, usable = result.chosen.transient_bytes["building"], result.chosen.usable_bytes
         say(
-            f"warning: building the engine there takes up to {size(result.chosen.transient_bytes['building'])}, more than "
-            f"the usable {size(result.chosen.usable_bytes)}: give the box as much more of swap while it builds"
+            f"warning: building the engine there takes up to {size(building)} of the usable {size(usable)}: give the box "
+            f"{size(building - usable)} of swap while it builds"
         )
 
 

@@ -85,15 +85,16 @@ class Assessment:
     def remedy(self) -> str:
         """Say what would fit in place of what does not."""
         at = f"batch {self.case.batch} and context {self.case.context}"
+        ways = []
         if self.best is not None:
-            return f"at {at} the recipe {self.best} fits, {gigabytes(self.recipes[self.best].peak_bytes)}"
+            ways.append(f"at {at} the recipe {self.best} fits, {gigabytes(self.recipes[self.best].peak_bytes)}")
         if self.max_context and self.case.fixed_rings:
-            return f"exported with --max-context {self.max_context} it fits"
-        if self.max_context:
-            return f"with --context {self.max_context} it fits"
-        if self.max_batch:
-            return f"with --batch {self.max_batch} it fits"
-        return f"no recipe fits at {at}"
+            ways.append(f"exported with --max-context {self.max_context} it fits")
+        elif self.max_context:
+            ways.append(f"with --context {self.max_context} it fits")
+        elif self.max_batch:
+            ways.append(f"with --batch {self.max_batch} it fits")
+        return ", or ".join(ways) or f"no recipe fits at {at}"
 
     def refusal(self) -> str:
         """Say on one line why it does not fit and what would."""

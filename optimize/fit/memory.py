@@ -6,6 +6,7 @@ are counted from the shapes alone: no engine of TensorRT has been measured.
 
 from dataclasses import dataclass
 
+from galerne.optimize.builders.tensorrt.library import older
 from galerne.optimize.fit.workload import Workload
 from galerne.runtime.footprint import Form, head_shape, linear_shapes, slot_bytes, stored_weight_bytes
 from galerne.targets.target import Stack, Target
@@ -25,9 +26,11 @@ _WIDEST_COPIES = 2
 _SCORE_COPIES = 2
 # TensorRT's libraries in a process, counted where CPU and GPU share the memory. An assumption: not measured.
 _TENSORRT_PROCESS_BYTES = 400_000_000
-# TensorRT's builder: its process, and how often it holds the weights. Measured with TensorRT-RTX 1.7 on x86: docs/fit.md.
+# TensorRT's builder: its process, and how often it holds the weights. Measured with TensorRT-RTX 1.7 on x86: docs/fit.md. Before
+# this version TensorRT hands the engine over whole, which is once more.
 _BUILDER_BYTES = 480_000_000
-_FLOAT_BUILDER_COPIES, _QUANTIZED_BUILDER_COPIES = 3.4, 2.4
+_FLOAT_BUILDER_COPIES, _QUANTIZED_BUILDER_COPIES = 3.4, 2.0
+_STREAMED_SINCE = (10, 13)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     if stack.builds_on != "device":
         return Memory(parts, {})
     copies = _FLOAT_BUILDER_COPIES if forms.weights.is_float else _QUANTIZED_BUILDER_COPIES
+    if stack.version is not None and older(stack.version, _STREAMED_SINCE):
+        copies += 1
     return Memory(parts, {"building": int(_BUILDER_BYTES + copies * parts["weights"])})
 
 

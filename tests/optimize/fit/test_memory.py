@@ -141,3 +141,13 @@ def test_a_builder_counts_where_it_runs_on_the_box(mistral: ModelFacts) -> None:
     found = fit(mistral, recipe.load("int4-rtn"), box, box.stack(), context=4096)
     assert found.fits and not found.builds
     assert found.transient_bytes["building"] > found.usable_bytes > found.peak_bytes
+
+
+def test_a_builder_before_10_13_holds_the_engine_once_more(mistral: ModelFacts) -> None:
+    box = targets.load("jetson-orin-nx-16gb")
+    old, new = (
+        memory_of(work(mistral, "int4-rtn", 4096), box, box.stack(name)) for name in ("jetpack-6.2", "jetpack-7.2")
+    )
+    weights = old.parts["weights"]
+    assert old.transient["building"] - new.transient["building"] == weights
+    assert new.transient["building"] > 2 * weights
