@@ -130,7 +130,7 @@ def table(builds: list[Build]) -> str:
         capabilities = ", ".join(str(b.compute_capability) for b in own)
         weights = f"{own[0].weights_bytes / 1e6:.0f}"
         rows.append([*key, capabilities, weights, *map(_range, (*sizes, *memory))])
-    return markdown(head, rows)
+    return markdown([head, *rows])
 
 
 def _range(values: list[float]) -> str:
