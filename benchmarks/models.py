@@ -112,8 +112,40 @@ def make_gguf(checkpoint: Path, out: Path) -> None:
     os.replace(staging, out)
 
 
+def make_fp8_checkpoint(source: Path, out: Path) -> None:
+    """Write a checkpoint's linear layers as compressed-tensors does at float8: E4M3, one scale for each output channel."""
+    import torch
+    from safetensors.torch import save_file
+
+    from galerne.export.checkpoint.open import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in checkpoint.shapes():
+        weight = torch.from_numpy(checkpoint.read(name).astype("float32"))
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-6) / torch.finfo(torch.float8_e4m3fn).max
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale.half()
+        else:
+            tensors[name] = weight.half()
+        checkpoint.release(name)
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }
+    with staged_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(checkpoint.config | {"quantization_config": quantization}))
+        save_file(tensors, folder / "model.safetensors")
+
+
 FORMATS: dict[str, Callable[[Path, Path], None]] = {
     "checkpoint": make_checkpoint,
+    "fp8-checkpoint": make_fp8_checkpoint,
     "bundle": make_bundle,
     "fp16-bundle": make_fp16_bundle,
     "engine": make_engine,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from galerne.errors import BackendError, CheckFailed, InputError
 from galerne.files import staged_folder
+from galerne.optimize.builders.fits import check_fit
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK
 from galerne.optimize.builders.tensorrt.compile import TIMING_CACHE, Timings, compile_plan
 from galerne.optimize.builders.tensorrt.library import TITLES, import_library, is_version
@@ -59,9 +60,9 @@ def build(
         stack: one of the target's, by default what `choose_stack` gives.
         options: of an engine for a GPU.
         locked: fail where the timing cache of the engine that is there lacks what the build needs, so that a rebuild is the same.
-        force: replace an engine that is there, and build from a bundle whose parity check failed.
+        force: replace an engine that is there, and build from a bundle whose parity check failed or that does not fit.
     Raises: InputError if there is one already or the target cannot take the bundle, CheckFailed if the bundle failed its
-        parity check, BackendError if the builder is missing or fails.
+        parity check or does not fit, BackendError if the builder is missing or fails.
     """
     # A locked build makes the same again: it is there to replace what is there.
     if target.name in bundle.engines() and not force and not locked:
@@ -69,12 +70,15 @@ def build(
     if parity_of(bundle) == "failed" and not force:
         raise CheckFailed(f"{bundle.path}: its parity check failed, so no engine is built from it (--force overrides)")
     chosen = stack or choose_stack(target)[0]
-    # The place for "does not fit", from `optimize.fit`: nothing was written yet, and `force` says build all the same.
+    options = options or Options()
+    # Weights that stream need not fit.
+    if chosen.backend != "onnxruntime" and options.weights != "streamed" and not force:
+        check_fit(bundle, target, chosen, batch=options.batch[2])
     folder = f"{ENGINES}/{target.name}"
     bundle.file(ENGINES).mkdir(exist_ok=True)
     timings = _timings(bundle, target, chosen, locked)
     with staged_folder(bundle.file(folder), replace=True) as staging:
-        record = _build(bundle, target, chosen, staging, options or Options(), timings)
+        record = _build(bundle, target, chosen, staging, options, timings)
         (staging / RECORD).write_bytes(record.to_json())
     files = sorted(path.name for path in bundle.file(folder).iterdir())
     return bundle.with_files(folder, [f"{folder}/{name}" for name in files])

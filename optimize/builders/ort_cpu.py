@@ -56,6 +56,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
         options={"lowerings": ["widen", "group_heads", "single_token"]},
+        stack=stack.name,
     )
 
 
