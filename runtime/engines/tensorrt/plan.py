@@ -53,7 +53,8 @@ class Plan:
         self.library, self.driver, self.where = library, driver, where
         self.vocab_size = manifest.model.vocab_size
         self._shared: DeviceMemory | None = None
-        self._config: Owned[Any] | None = None
+        self._configs: dict[bool, Owned[Any]] = {}
+        self._kernels: Owned[Any] | None = None
         # Python lets go of them in this order, and TensorRT wants the engine gone before its runtime.
         self._engine, self._runtime = Owned(engine), Owned(runtime)
         kinds = layer_kinds(manifest.model.layer_windows)[1]
@@ -83,11 +84,15 @@ class Plan:
         """The small inputs, in the contract's order."""
         return tuple(self.index_dtypes)
 
-    def new_context(self, profile: PlanProfile, stream: int) -> Owned[Any]:
-        """Return a context of a profile. All contexts compute in the same memory: only one may run at a time."""
+    def new_context(self, profile: PlanProfile, stream: int, *, one_shape: bool = False) -> Owned[Any]:
+        """Return a context of a profile. All contexts compute in the same memory: only one may run at a time.
+
+        Args:
+            one_shape: whether it will run a single shape only.
+        """
         trt, engine = self.library.module, self._engine.value
         by_caller = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(self._runtime_config(by_caller))
+        context = engine.create_execution_context(self._runtime_config(by_caller, one_shape))
         if context is None:
             raise BackendError(f"{self.where}: {self.library.name} gave no context: {self.library.cause()}")
         size = int(engine.device_memory_size_v2)
@@ -104,23 +109,29 @@ class Plan:
 
     def close(self) -> None:
         """Let go of the engine. Its contexts must be gone."""
-        self._config = None
+        self._configs, self._kernels = {}, None
         self._engine, self._runtime = Owned(None), Owned(None)
         if self._shared is not None:
             self._shared.close()
 
-    def _runtime_config(self, strategy: Any) -> Any:
+    def _runtime_config(self, strategy: Any, one_shape: bool) -> Any:
         """Return what a context is made with. TensorRT-RTX compiles kernels for it, which all contexts of a plan share."""
-        engine = self._engine.value
+        engine, trt = self._engine.value, self.library.module
         if not hasattr(engine, "create_runtime_config"):
             return strategy
-        if self._config is None:
+        if one_shape not in self._configs:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             if hasattr(config, "create_runtime_cache"):
-                config.set_runtime_cache(config.create_runtime_cache())
-            self._config = Owned(config)
-        return self._config.value
+                if self._kernels is None:
+                    self._kernels = Owned(config.create_runtime_cache())
+                config.set_runtime_cache(self._kernels.value)
+            if one_shape and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+                # At once, and not beside the first runs: a graph keeps the kernels that it was recorded with.
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = eager
+            self._configs[one_shape] = Owned(config)
+        return self._configs[one_shape].value
 
     def _check_names(self) -> None:
         names = [self._engine.value.get_tensor_name(i) for i in range(self._engine.value.num_io_tensors)]

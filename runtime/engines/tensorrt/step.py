@@ -81,7 +81,7 @@ class Step:
                 self._enqueue(shared.value)
             else:
                 if self._context is None:
-                    context = self._plan.new_context(self._profile, stream)
+                    context = self._plan.new_context(self._profile, stream, one_shape=True)
                     self._bind(context.value)
                     self._context = context
                 self._enqueue(self._context.value)

@@ -60,6 +60,10 @@ class ExecutionContextAllocationStrategy(Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 class FakeTensorRT:
     """What `import tensorrt_rtx` gives.
 
@@ -71,6 +75,7 @@ class FakeTensorRT:
     __name__ = "tensorrt_rtx"
     ILogger, SeekPosition, DataType = ILogger, SeekPosition, DataType
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
     def __init__(
         self,
@@ -171,12 +176,36 @@ class FakeEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return name.replace("present.", "past_key_values.") if self.trt.in_place and name != "logits" else None
 
-    def create_execution_context(self, strategy: Any) -> "FakeContext":
-        if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
+    def create_runtime_config(self) -> "FakeConfig":
+        return FakeConfig()
+
+    def create_execution_context(self, config: "FakeConfig") -> "FakeContext":
+        if config.cache is None:
+            raise MisuseError("kernels compiled anew for each context")
+        if config.strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise MisuseError("expected memory that the caller manages")
         if self.stripped:
             raise MisuseError("a stripped engine used without its weights")
         return FakeContext(self)
+
+
+class FakeConfig:
+    """What a context is made with."""
+
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.cache: object = None
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self.cache = cache
+        return True
 
 
 class FakeContext:

@@ -177,6 +177,8 @@ def test_the_fake_tensorrt_has_nothing_that_tensorrt_lacks() -> None:
         trt.IExecutionContext: fake_tensorrt.FakeContext,
         trt.ExecutionContextAllocationStrategy: fake_tensorrt.ExecutionContextAllocationStrategy,
         trt.SeekPosition: fake_tensorrt.SeekPosition,
+        trt.IRuntimeConfig: fake_tensorrt.FakeConfig,
+        trt.DynamicShapesKernelSpecializationStrategy: fake_tensorrt.DynamicShapesKernelSpecializationStrategy,
         trt.ILogger: fake_tensorrt.ILogger,
     }
     for real, fake in fakes.items():
@@ -186,7 +188,6 @@ def test_the_fake_tensorrt_has_nothing_that_tensorrt_lacks() -> None:
     assert {"deserialize_cuda_engine", "engine_host_code_allowed", "engine_header_size"} <= set(dir(trt.Runtime))
     assert {"get_missing_weights", "refit_cuda_engine"} <= set(dir(trt.Refitter))
     assert "refit_from_bytes" in dir(trt.OnnxParserRefitter)
-    config = {"set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache"}
-    assert config <= set(dir(trt.IRuntimeConfig))
+    assert "dynamic_shapes_kernel_specialization_strategy" in dir(trt.IRuntimeConfig)
     given = {"device_memory_size_v2", "weight_streaming_budget_v2", "streamable_weights_size", "num_io_tensors"}
     assert given <= set(dir(trt.ICudaEngine))

@@ -58,6 +58,8 @@ def test_fake_driver_memory_does_not_grow_with_the_shapes_of_runs(with_engine: W
     """Prompts come in many lengths: what was bound for one goes when the next comes, and decoding keeps its graph."""
     with Model.open(with_engine().path, NAME) as model:
         session, held = model.session(), set()
+        for count in (3, 1):
+            session.append(IDS[:count])
         for length in range(2, 9):
             session.append(IDS[:length])
             session.append([1])
