@@ -96,9 +96,13 @@ def _check_device(plan: BuildPlan) -> None:
             f"--strip: --target {plan.target}: TensorRT-RTX compiles on a GPU for this, found {found}; build without it"
         )
     if not ahead_of_time and here != plan.compute_capability:
+        # Only a box fixes its builder's version.
+        remedy = (
+            "build on a machine with one" if plan.version is None else "make a package for the box: `galerne package`"
+        )
         raise BackendError(
             f"--target {plan.target}: {TITLES[plan.backend]} builds for the GPU at hand only: expected one of compute capability "
-            f"{plan.compute_capability}, found {found}; build on such a machine, or `galerne package` for the box itself"
+            f"{plan.compute_capability}, found {found}; {remedy}"
         )
 
 
