@@ -60,15 +60,21 @@ def build(
         stack: one of the target's, by default what `choose_stack` gives.
         options: of an engine for a GPU.
         locked: fail where the timing cache of the engine that is there lacks what the build needs, so that a rebuild is the same.
-        force: replace an engine that is there, and build from a bundle whose parity check failed or that does not fit.
+        force: replace an engine that is there, and build from a bundle that failed a check, of parity or of quality, or that does not fit.
     Raises: InputError if there is one already or the target cannot take the bundle, CheckFailed if the bundle failed its
-        parity check or does not fit, BackendError if the builder is missing or fails.
+        parity or quality check or does not fit, BackendError if the builder is missing or fails.
     """
     # A locked build makes the same again: it is there to replace what is there.
     if target.name in bundle.engines() and not force and not locked:
         raise InputError(f"{bundle.path}: has an engine for {target.name} already; build it anew with --force")
     if parity_of(bundle) == "failed" and not force:
         raise CheckFailed(f"{bundle.path}: its parity check failed, so no engine is built from it (--force overrides)")
+    poor = [engine for engine, verdict in bundle.manifest.quality.items() if not verdict.passed]
+    if poor and not force:
+        raise CheckFailed(
+            f"{bundle.path}: its quality on text, run as {poor[0]}, is not enough ({bundle.manifest.quality[poor[0]].report}), so "
+            "no engine is built from it; choose another recipe (--force overrides)"
+        )
     chosen = stack or choose_stack(target)[0]
     options = options or Options()
     # Weights that stream need not fit.

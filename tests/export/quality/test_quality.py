@@ -93,6 +93,11 @@ def test_the_command_gates_and_enters_its_verdict(
     assert not verdict.passed
     assert json.loads((bundle / verdict.report).read_text())["failures"]
 
+    assert status("build", bundle, "--target", "cpu") == 1
+    assert "its quality on text, run as portable, is not enough" in capsys.readouterr().err
+    assert not (bundle / "engines").exists()
+    assert status("build", bundle, "--target", "cpu", "--force") == 0
+
 
 def status(*args: object) -> int:
     with pytest.raises(SystemExit) as left:
