@@ -60,7 +60,7 @@ def build(
         stack: one of the target's, by default what `choose_stack` gives.
         options: of an engine for a GPU.
         locked: fail where the timing cache of the engine that is there lacks what the build needs, so that a rebuild is the same.
-        force: replace an engine that is there, and build from a bundle that failed a check, of parity or of quality, or that does not fit.
+        force: replace an engine that is there, and build from a bundle that failed its parity or quality check, or does not fit.
     Raises: InputError if there is one already or the target cannot take the bundle, CheckFailed if the bundle failed its
         parity or quality check or does not fit, BackendError if the builder is missing or fails.
     """
@@ -72,8 +72,8 @@ def build(
     poor = [engine for engine, verdict in bundle.manifest.quality.items() if not verdict.passed]
     if poor and not force:
         raise CheckFailed(
-            f"{bundle.path}: its quality on text, run as {poor[0]}, is not enough ({bundle.manifest.quality[poor[0]].report}), so "
-            "no engine is built from it; choose another recipe (--force overrides)"
+            f"{bundle.path}: its quality on text, run as {poor[0]}, is not enough, so no engine is built from it; see "
+            f"{bundle.manifest.quality[poor[0]].report} and choose another recipe (--force overrides)"
         )
     chosen = stack or choose_stack(target)[0]
     options = options or Options()
