@@ -8,11 +8,12 @@ from galerne.files import staged_folder
 from galerne.optimize.builders.fits import check_fit
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK
 from galerne.optimize.builders.tensorrt.compile import TIMING_CACHE, Timings, compile_plan
-from galerne.optimize.builders.tensorrt.library import TITLES, import_library, is_version
+from galerne.optimize.builders.tensorrt.library import import_library, is_version
 from galerne.optimize.builders.tensorrt.options import Options
 from galerne.optimize.builders.tensorrt.plan import plan
 from galerne.runtime.bundle import ENGINES, WEIGHTS, Bundle
 from galerne.runtime.engines.record import RECORD, EngineRecord, parity_of
+from galerne.runtime.engines.tensorrt.package import NAMES
 from galerne.targets.target import Stack, Target
 
 
@@ -41,7 +42,7 @@ def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
     first = target.stacks[0]
     return other or (
         first,
-        f"its first; {TITLES.get(first.backend, first.backend)} is not installed here, nor another's builder",
+        f"its first; {NAMES.get(first.backend, first.backend)} is not installed here, nor another's builder",
     )
 
 
@@ -93,7 +94,7 @@ def build(
 def _timings(bundle: Bundle, target: Target, stack: Stack, locked: bool) -> Timings:
     if locked and stack.backend != "tensorrt":
         raise InputError(
-            f"--locked: {TITLES.get(stack.backend, stack.backend)} measures nothing while it builds, so there is no timing cache "
+            f"--locked: {NAMES.get(stack.backend, stack.backend)} measures nothing while it builds, so there is no timing cache "
             "to hold it to; leave it out"
         )
     name = f"{ENGINES}/{target.name}/{TIMING_CACHE}"

@@ -6,8 +6,8 @@ are counted from the shapes alone: no engine of TensorRT has been measured.
 
 from dataclasses import dataclass
 
-from galerne.optimize.builders.tensorrt.library import older
 from galerne.optimize.fit.workload import Workload
+from galerne.runtime.engines.tensorrt.package import numbers
 from galerne.runtime.footprint import Form, head_shape, linear_shapes, slot_bytes, stored_weight_bytes
 from galerne.targets.target import Stack, Target
 
@@ -131,7 +131,7 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     if stack.builds_on != "device":
         return Memory(parts, {})
     copies = _FLOAT_BUILDER_COPIES if forms.weights.is_float else _QUANTIZED_BUILDER_COPIES
-    if stack.version is not None and older(stack.version, _STREAMED_SINCE):
+    if stack.version is not None and numbers(stack.version) < _STREAMED_SINCE:
         copies += 1
     return Memory(parts, {"building": int(_BUILDER_BYTES + copies * parts["weights"])})
 

@@ -18,7 +18,6 @@ from galerne.optimize.builders.tensorrt import hooks
 from galerne.optimize.builders.tensorrt.build_plan import BuildPlan
 from galerne.optimize.builders.tensorrt.explain import build_failure, parse_error
 from galerne.optimize.builders.tensorrt.library import (
-    TITLES,
     Library,
     compute_capability_here,
     import_library,
@@ -27,6 +26,7 @@ from galerne.optimize.builders.tensorrt.library import (
 from galerne.progress import Task
 from galerne.runtime.bundle import WEIGHTS
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, Profile
+from galerne.runtime.engines.tensorrt.package import NAMES, hooked
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _check_device(plan: BuildPlan) -> None:
             "build on a machine with one" if plan.version is None else "make a package for the box: `galerne package`"
         )
         raise BackendError(
-            f"--target {plan.target}: {TITLES[plan.backend]} builds for the GPU at hand only: expected one of compute capability "
+            f"--target {plan.target}: {NAMES[plan.backend]} builds for the GPU at hand only: expected one of compute capability "
             f"{plan.compute_capability}, found {found}; {remedy}"
         )
 
@@ -155,11 +155,11 @@ def _build(library: Library, builder: Any, graph: Any, config: Any, out: Path, p
     trt, log = library.module, hooks.log_of(library.module.ILogger)
     with Task(f"building for {plan.target}", 1.0) as task, out.open("wb") as file:
         writer = hooks.Writer(file)
-        monitor = hooks.hooked(hooks.Monitor, trt.IProgressMonitor, task)
+        monitor = hooked(hooks.Monitor, trt.IProgressMonitor, task)
         config.progress_monitor = monitor
         with monitor.cancelling_on_ctrl_c():
             if library.streams:
-                writer = hooks.hooked(hooks.Writer, trt.IStreamWriter, file)
+                writer = hooked(hooks.Writer, trt.IStreamWriter, file)
                 built = builder.build_serialized_network_to_stream(graph, config, writer)
             else:
                 # Older ones hand over the whole engine, which is then in memory once more than it need be.

@@ -4,7 +4,6 @@ Each is a plain class, and `hooked` makes of it one that a given TensorRT takes:
 """
 
 import functools
-import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,35 +12,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from galerne.progress import Task
-
-logger = logging.getLogger(__name__)
-
-_LEVELS = {
-    "INTERNAL_ERROR": logging.ERROR,
-    "ERROR": logging.ERROR,
-    "WARNING": logging.WARNING,
-    "INFO": logging.DEBUG,
-    "VERBOSE": logging.DEBUG,
-}
-# Said once for each of our int64 inputs, which are int64 on purpose.
-_EXPECTED = "has Int64 binding"
-
-
-class Log:
-    """Passes warnings to Python's logging and keeps errors, for the exception that tells them."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        """Take one message of TensorRT's."""
-        line = " ".join(message.split())
-        level = logging.DEBUG if _EXPECTED in message else _LEVELS[severity.name]
-        if level >= logging.ERROR:
-            # It ends up in the exception, so that it is not told twice.
-            self.errors.append(line)
-            level = logging.DEBUG
-        logger.log(level, "TensorRT: %s", line)
+from galerne.runtime.engines.tensorrt.package import Log, hooked
 
 
 class Monitor:
@@ -102,23 +73,7 @@ class Writer:
             return 0
 
 
-def hooked(hook: type, interface: type, *args: Any) -> Any:
-    """Make an object of one of the classes above that is one of TensorRT's interface too.
-
-    Args:
-        interface: the class that TensorRT knows, such as its `ILogger`. It is named after its own `__init__` was called,
-            which its binding demands.
-        args: for the hook.
-    """
-
-    def initialize(self: Any) -> None:
-        interface.__init__(self)  # type: ignore[misc]  # the base class, by its own name
-        hook.__init__(self, *args)  # type: ignore[misc]
-
-    return type(hook.__name__, (hook, interface), {"__init__": initialize})()
-
-
 @functools.cache
 def log_of(interface: type) -> Any:
     """Return the logger of a TensorRT, by its `ILogger`: it has one a process, and ignores another while the first is in use."""
-    return hooked(Log, interface)
+    return hooked(Log, interface, "TensorRT")

@@ -5,18 +5,13 @@ package 1.7.1.
 """
 
 import ctypes
-import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from galerne.errors import BackendError
+from galerne.runtime.engines.tensorrt.package import NAMES, import_package, numbers
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-_INSTALL = {
-    "tensorrt": "install galerne[tensorrt]; on a Jetson, JetPack brings it",
-    "tensorrt_rtx": "install galerne[rtx]",
-}
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
 
 
@@ -34,7 +29,7 @@ class Library:
     @property
     def title(self) -> str:
         """Its name and version, for people."""
-        return f"{TITLES[self.backend]} {self.version}"
+        return f"{NAMES[self.backend]} {self.version}"
 
     @property
     def ahead_of_time(self) -> bool:
@@ -72,10 +67,7 @@ class Library:
 
 def import_library(backend: str) -> Library:
     """Import the builder's package. Raises: BackendError if it is not installed or does not load."""
-    try:
-        module = importlib.import_module(backend)
-    except (ImportError, OSError) as exc:
-        raise BackendError(f"{TITLES[backend]} cannot be imported ({exc}); {_INSTALL[backend]}") from exc
+    module = import_package(backend)
     return Library(backend, str(module.__version__), module)
 
 
@@ -86,7 +78,7 @@ def is_version(found: str, wanted: str) -> bool:
 
 def older(found: str, than: tuple[int, int]) -> bool:
     """Return whether a version, such as "10.3" or "10.3.0.26", is older than another."""
-    return tuple(map(int, found.split(".")[:2])) < than
+    return numbers(found)[:2] < than
 
 
 def compute_capability_here() -> str | None:

@@ -8,8 +8,7 @@ from galerne.files import sha256_file
 from galerne.runtime.bundle import ENGINES, MANIFEST, WEIGHTS, Bundle
 from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.engines.tensorrt.driver import Device
-
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+from galerne.runtime.engines.tensorrt.package import NAMES, numbers
 
 # The lowered graph, which lies beside a stripped engine.
 NETWORK = "network.onnx"
@@ -24,8 +23,8 @@ def check_version(bundle: Bundle, record: EngineRecord, installed: str) -> None:
         return
     accepted = f"{built}"
     if record.version_compatible:
-        major = _numbers(built)[:1]
-        if _numbers(installed)[:1] == major and _numbers(installed) >= _numbers(built):
+        major = numbers(built)[:1]
+        if numbers(installed)[:1] == major and numbers(installed) >= numbers(built):
             return
         accepted = f"{built} to the last of {major[0]}.x"
     library = NAMES[record.backend]
@@ -46,7 +45,7 @@ def check_platform(bundle: Bundle, record: EngineRecord) -> None:
 
 def check_driver(bundle: Bundle, record: EngineRecord, device: Device) -> None:
     """Raises: BackendError if the driver is of an older major version of CUDA than the engine was built with."""
-    if record.cuda is not None and _numbers(device.driver_version)[:1] < _numbers(record.cuda)[:1]:
+    if record.cuda is not None and numbers(device.driver_version)[:1] < numbers(record.cuda)[:1]:
         raise BackendError(
             f"{_where(bundle, record)}: built with CUDA {record.cuda}, the driver here runs up to {device.driver_version}; "
             "update the driver"
@@ -64,7 +63,7 @@ def check_capability(bundle: Bundle, record: EngineRecord, device: Device) -> No
         return
     accepted = built
     if record.hardware_compatibility == "ampere_plus":
-        if _numbers(here) >= _AMPERE:
+        if numbers(here) >= _AMPERE:
             return
         accepted = "8.0 and later"
     raise BackendError(
@@ -123,13 +122,3 @@ def _rebuild(bundle: Bundle, record: EngineRecord) -> str:
 
 def _list(sizes: object) -> str:
     return " and ".join(map(str, sizes)) if isinstance(sizes, list | tuple) else str(sizes)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return a version's leading numbers: "10.16.2" and "10.16.2.post1" are both (10, 16, 2)."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)

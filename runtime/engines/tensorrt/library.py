@@ -3,22 +3,17 @@
 Source: TensorRT 10.3 to 11.4 and TensorRT-RTX 1.7, Python API. Where they differ, what is there is used.
 """
 
-import importlib
-import logging
 import mmap
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from galerne.errors import BackendError, one_line
-from galerne.runtime.engines.tensorrt.checks import NAMES
+from galerne.runtime.engines.tensorrt.package import NAMES, Log, hooked, import_package
 
-logger = logging.getLogger(__name__)
-
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 # At most so much of an engine is in memory beside where TensorRT puts it.
 _BLOCK_BYTES = 64 << 20
-# Said once for each of our int64 inputs, which are int64 on purpose.
-_EXPECTED = "has Int64 binding"
 
 
 class Library:
@@ -29,8 +24,8 @@ class Library:
 
     def __init__(self, module: Any, backend: str) -> None:
         self.module, self.name, self.version = module, NAMES[backend], str(module.__version__)
-        self.errors: list[str] = []
-        self.log = _log(module, self.name, self.errors)
+        self.log: Any = hooked(Log, module.ILogger, self.name)
+        self.errors: list[str] = self.log.errors
 
     def cause(self) -> str:
         """Return what the library last complained about, on one line."""
@@ -62,7 +57,9 @@ class Library:
         self.errors.clear()
         with path.open("rb") as file:
             if hasattr(self.module, "IStreamReaderV2"):
-                reader = _reader(self.module, file)
+                position = self.module.SeekPosition
+                places = {position.SET: os.SEEK_SET, position.CUR: os.SEEK_CUR, position.END: os.SEEK_END}
+                reader = hooked(_Reader, self.module.IStreamReaderV2, file, places)
                 engine = runtime.deserialize_cuda_engine(reader)
                 if reader.error is not None:
                     raise BackendError(f"{path}: cannot read it ({one_line(reader.error)})")
@@ -76,52 +73,29 @@ class Library:
 
 def open_library(backend: str) -> Library:
     """Import the library of a record's backend. Raises: BackendError if it is not installed here."""
-    try:
-        return Library(importlib.import_module(backend), backend)
-    except (ImportError, OSError) as exc:
-        raise BackendError(
-            f"{NAMES[backend]} cannot be imported ({one_line(exc)}); install galerne[{_EXTRAS[backend]}]"
-        ) from exc
+    return Library(import_package(backend), backend)
 
 
-def _log(module: Any, name: str, errors: list[str]) -> Any:
-    class Log(module.ILogger):  # type: ignore[misc]  # the library has no type stubs
-        """Passes messages to Python's logging; errors are kept for the exception that tells them."""
+class _Reader:
+    """Reads the engine's file where TensorRT asks. error: what went wrong, which cannot pass through its frames."""
 
-        def log(self, severity: Any, message: str) -> None:
-            text = " ".join(message.split())
-            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
-                errors[:] = [*errors[-9:], text]
-            quiet = severity != module.ILogger.WARNING or _EXPECTED in text
-            logger.log(logging.DEBUG if quiet else logging.WARNING, "%s: %s", name, text)
+    def __init__(self, file: BinaryIO, places: Mapping[Any, int]) -> None:
+        self.error: OSError | None = None
+        self._file, self._places = file, places
 
-    return Log()
+    def read(self, num_bytes: int, stream: int) -> bytes:
+        """Return the next bytes: fewer than asked for if that is much, and TensorRT asks again."""
+        try:
+            return bytes(self._file.read(min(num_bytes, _BLOCK_BYTES)))
+        except OSError as exc:
+            self.error = exc
+            return b""
 
-
-def _reader(module: Any, file: Any) -> Any:
-    class Reader(module.IStreamReaderV2):  # type: ignore[misc]
-        """Reads the engine's file where TensorRT asks. error: what went wrong, which cannot pass through its frames."""
-
-        def __init__(self) -> None:
-            module.IStreamReaderV2.__init__(self)
-            self.error: OSError | None = None
-
-        def read(self, num_bytes: int, stream: int) -> bytes:
-            """Return the next bytes: fewer than asked for if that is much, and TensorRT asks again."""
-            try:
-                return bytes(file.read(min(num_bytes, _BLOCK_BYTES)))
-            except OSError as exc:
-                self.error = exc
-                return b""
-
-        def seek(self, offset: int, where: Any) -> bool:
-            """Go to a place in the file."""
-            whence = {module.SeekPosition.SET: 0, module.SeekPosition.CUR: 1, module.SeekPosition.END: 2}[where]
-            try:
-                file.seek(offset, whence)
-            except OSError as exc:
-                self.error = exc
-                return False
-            return True
-
-    return Reader()
+    def seek(self, offset: int, where: Any) -> bool:
+        """Go to a place in the file."""
+        try:
+            self._file.seek(offset, self._places[where])
+        except OSError as exc:
+            self.error = exc
+            return False
+        return True

@@ -41,10 +41,14 @@ _ELEMENTS = {
 _NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64}
 
 
-class ILogger:
+class Severity(Enum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-    def log(self, severity: int, message: str) -> None:
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
+
+    def log(self, severity: Severity, message: str) -> None:
         raise NotImplementedError
 
 
