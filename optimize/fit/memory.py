@@ -121,9 +121,11 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     # For many tokens at once, kernels may unpack a quantized weight into the type that they multiply in.
     products = [(forms.weights, shape) for shape in linear_shapes(model)] + [(forms.lm_head, head_shape(model))]
     workspace = max(0 if form.is_float else rows * columns * compute for form, (rows, columns) in products)
+    # Only TensorScatter updates a ring in place; without it each run reads one set of rings and writes another.
+    sets = 2 if stack.dialect == "primitive" else 1
     parts = {
         "weights": stored_weight_bytes(model, forms),
-        "cache": work.full_slots() * slot_bytes(model, compute) * work.batch,
+        "cache": sets * work.full_slots() * slot_bytes(model, compute) * work.batch,
         "activations": activations,
         "workspace": workspace,
         "runtime": _TENSORRT_PROCESS_BYTES if target.unified_memory else 0,

@@ -126,14 +126,15 @@ def test_grown_rings_without_a_window_are_those_of_the_runtime(
         assert asked.grown_slots()[0] == sum(array.shape[2] for array in rows.cache.arrays()) // 2
 
 
-def test_a_primitive_graph_holds_its_scores(mistral: ModelFacts) -> None:
+def test_a_primitive_graph_holds_its_scores_and_its_rings_twice(mistral: ModelFacts) -> None:
     box = targets.load("jetson-orin-nx-16gb")
     parts = [
         memory_of(work(mistral, "int4-rtn", 4096), box, box.stack(name)).parts
         for name in ("jetpack-6.2", "jetpack-7.2")
     ]
     assert parts[0]["activations"] - parts[1]["activations"] == 2 * 256 * 32 * 4096 * 4
-    assert {**parts[0], "activations": 0} == {**parts[1], "activations": 0}
+    assert parts[0]["cache"] == 2 * parts[1]["cache"]
+    assert {**parts[0], "activations": 0, "cache": 0} == {**parts[1], "activations": 0, "cache": 0}
 
 
 def test_a_builder_counts_where_it_runs_on_the_box(mistral: ModelFacts) -> None:
