@@ -141,6 +141,7 @@ from pathlib import Path
 import numpy as np
 from galerne.runtime.model import Model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 model = Model.open(Path(sys.argv[1]), threads=1)
 prompt = np.arange(30_000) % 501
 session = model.session()
