@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 # rtx has wheels for Linux and Windows only; elsewhere: make setup EXTRAS=export,dev
 EXTRAS ?= export,rtx,dev
 PYTEST_ARGS ?=
+# Processes that the tests are spread over, by file; each holds up to 2 GB. One thread of PyTorch each, or they would fight for the cores.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## run every test that takes less than a minute and no GPU
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS)
