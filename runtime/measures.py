@@ -93,16 +93,16 @@ def top1_agreement(reference: Floats, candidate: Floats) -> float:
     return float(same.mean())
 
 
-def plain(value: Any) -> Any:
-    """Return a report's records as tables, lists and values for JSON: four digits a number, and None for NaN."""
+def plain(value: Any, digits: int = 4) -> Any:
+    """Return a report's records as tables, lists and values for JSON: so many digits a number, and None for NaN."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
+        return plain(dataclasses.asdict(value), digits)
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

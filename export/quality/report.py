@@ -1,6 +1,5 @@
 """What a measurement of quality found, as a record and as JSON."""
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from galerne.errors import InputError
 from galerne.export.quality.distance import Distance
 from galerne.export.quality.layers import LayerError
 from galerne.export.quality.thresholds import Thresholds
+from galerne.runtime.measures import plain
 
 # The histogram's bins: so many for each power of ten of KL, from the first to the last, in nats.
 _FIRST_DECADE, _LAST_DECADE, _BINS_PER_DECADE = -6, 2, 4
@@ -62,9 +62,7 @@ class QualityReport:
 
     def to_json(self) -> bytes:
         """Return the report as UTF-8 JSON; five digits a number, and null for what is not finite."""
-        return (
-            json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode()
+        return (json.dumps(plain(self, digits=5), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,3 @@ def _histogram(found: Distance) -> Histogram:
     finite = np.clip(found.kl[np.isfinite(found.kl)], edges[0], edges[-1])
     counts, _ = np.histogram(finite, edges)
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value

@@ -48,9 +48,6 @@ class Severity(Enum):
 class ILogger:
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
 
-    def log(self, severity: Severity, message: str) -> None:
-        raise NotImplementedError
-
 
 class IStreamReaderV2:
     pass
@@ -99,7 +96,7 @@ class FakeTensorRT:
         trt = self
 
         class Runtime:
-            def __init__(self, logger: ILogger) -> None:
+            def __init__(self, logger: Any) -> None:
                 self.logger = logger
 
             def deserialize_cuda_engine(self, source: Any) -> "FakeEngine | None":

@@ -21,10 +21,10 @@ from galerne.optimize.quantize import recipe as recipes
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
-from galerne.runtime.session import Session
 from tests.export.test_layer_kinds import save_ministral
 from tests.runtime.engines.conftest import NAME, FakeGpu
 from tests.runtime.engines.fake_tensorrt import DECODE, enter_engine, prefill
+from tests.runtime.test_session import greedy
 
 WithEngine = Callable[..., Bundle]
 CHUNK = 8  # of the bundles in conftest.py; their window is 16
@@ -38,14 +38,6 @@ def tokens(bundle: Bundle, engine: str, prompts: list[list[int]], count: int, sp
         for _ in generation:
             pass
         return [output.ids for output in generation.outputs]
-
-
-def greedy(session: Session, count: int) -> list[int]:
-    ids = []
-    for _ in range(count):
-        ids.append(int(session.logits.argmax()))
-        session.append(ids[-1:])
-    return ids
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int4-rtn"])
