@@ -1,9 +1,10 @@
 """Quantization recipes: which type each weight is stored in. A recipe is one TOML file."""
 
 import dataclasses
+import fnmatch
 import importlib.resources
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8", "i
 # A block that does not divide the input axis gives way to the next smaller one.
 _BLOCK_SIZES = (128, 64, 32)
 _ROUTER = ".gate.weight"
+
+# nearest: the smallest scale that clips nothing. search: the scale with the least error of the weights, no text needed.
+Method = Literal["nearest", "search", "gptq", "awq"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class WeightFormat(StoredFormat):
     block_size: int4 only: how many weights along the input axis share a scale. int8 has one scale for an output channel.
     """
 
-    dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int4", "float8e4m3fn"]
     block_size: Literal[128, 64, 32] | None = None
 
     def block_for(self, in_features: int, name: str) -> int:
@@ -67,17 +71,54 @@ class WeightFormat(StoredFormat):
 
 
 @dataclass(frozen=True)
+class Override:
+    """Another format for some weights.
+
+    match: a pattern over a weight's name in the checkpoint, as in "model.layers.0.*.down_proj.weight"; * and ? as in a shell.
+    """
+
+    match: str
+    format: WeightFormat
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much text a recipe is calibrated on.
+
+    tokens: in all. length: of one sequence.
+    """
+
+    tokens: int = 16384
+    length: int = 512
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe as its TOML file reads.
 
     compute: the type of activations, of the ring and of the embedding table.
     lm_head: the format of the vocabulary projection, which is more sensitive than the rest.
+    method: how weights are rounded.
+    overrides: other formats for some weights; the first that matches holds.
+    activations: what the inputs of quantized products are rounded to, with one scale a tensor from calibration; absent for none.
+    smoothing: SmoothQuant's alpha, from 0 to 1: how much of an input's range goes over to the weights; absent for none.
+    calibration: how much text; absent where a recipe needs none.
     """
 
     description: str
     compute: FloatType
     weights: WeightFormat
     lm_head: WeightFormat
+    method: Method = field(default="nearest", metadata=schema.LATER)
+    overrides: tuple[Override, ...] = field(default=(), metadata=schema.LATER)
+    activations: Literal["int8", "float8e4m3fn"] | None = field(default=None, metadata=schema.LATER)
+    smoothing: float | None = field(default=None, metadata=schema.LATER)
+    calibration: Calibration | None = field(default=None, metadata=schema.LATER)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its weights depend on text, so that a checkpoint is quantized before it is exported."""
+        return self.calibration is not None
 
     def format_for(self, weight: str) -> WeightFormat:
         """Return the format of a linear weight by its name in the graph or in the checkpoint.
@@ -86,11 +127,14 @@ class Recipe:
         """
         if weight.endswith(_ROUTER):
             return WeightFormat(self.compute)
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(weight, override.match):
+                return override.format
         return self.lm_head if weight.startswith("lm_head.") else self.weights
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as its TOML file reads, for the manifest."""
-        return dataclasses.asdict(self)
+        return {key: value for key, value in schema.tree(self).items() if key != "method" or value != "nearest"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +165,7 @@ AnyRecipe = Recipe | CheckpointRecipe
 
 def read_resolved(tree: dict[str, Any], where: str) -> AnyRecipe:
     """Read the recipe of a manifest. Raises: InputError if a key is missing, unknown or of the wrong type."""
-    if "method" in tree:
+    if tree.get("method") == "checkpoint":
         return schema.read(CheckpointRecipe, tree, where)
     return schema.read(Recipe, tree, where)
 
