@@ -27,7 +27,7 @@ def lower(model: onnx.ModelProto, capacities: Sequence[int], compute_type: str) 
         compute_type: of the attention, as the manifest names it.
     Returns: the names of what was done, for the engine's record.
     """
-    done: dict[str, Any] = {"capacities": list(dict.fromkeys(capacities))}
+    done: dict[str, Any] = {}
     _fix_rings(model.graph, capacities)
     if _add_mask(model.graph, compute_type):
         done["mask"] = "additive"

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -43,7 +44,8 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
     _check(bundle, target, stack)
     facts = bundle.manifest.graph
     _, kinds = layer_kinds(bundle.manifest.model.layer_windows)
-    lowered = lower(model, [facts.capacities[kind] for kind in kinds], facts.compute_type)
+    lowered: dict[str, Any] = {"capacities": list(facts.capacities)}
+    lowered |= lower(model, [facts.capacities[kind] for kind in kinds], facts.compute_type)
     network = model.SerializeToString(deterministic=True)
     made = BuildPlan(
         schema_version=SCHEMA_VERSION,

@@ -75,7 +75,7 @@ def check_capability(bundle: Bundle, record: EngineRecord, device: Device) -> No
 def check_rings(bundle: Bundle, record: EngineRecord) -> None:
     """Raises: InputError if the engine's rings have other sizes than the bundle's. Records without sizes pass."""
     built, expected = record.options.get("capacities"), bundle.manifest.graph.capacities
-    if built is not None and set(built) != set(expected):
+    if built is not None and tuple(built) != expected:
         raise InputError(
             f"{_where(bundle, record)}: built with rings of {_list(built)} slots, the bundle's have {_list(expected)}; "
             f"{_rebuild(bundle, record)}"

@@ -131,11 +131,7 @@ def test_streamed_weights_build(tmp_path: Path) -> None:
 def test_the_lowered_graph_computes_what_the_portable_one_does(tmp_path: Path, start: int) -> None:
     make_bundle(tmp_path, "float32")
     lowered = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    assert lower(lowered, [CAPACITY] * LAYERS, "float32") == {
-        "capacities": [CAPACITY],
-        "mask": "additive",
-        "attention": "decomposable",
-    }
+    assert lower(lowered, [CAPACITY] * LAYERS, "float32") == {"mask": "additive", "attention": "decomposable"}
     for node in lowered.graph.node:
         if node.op_type == "Attention":
             # The hint is TensorRT's own; ONNX Runtime refuses what the standard does not list.
