@@ -6,7 +6,6 @@ already is kept.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,49 +66,24 @@ def make_engine(_: Path, out: Path) -> None:
 
 
 def make_gguf(checkpoint: Path, out: Path) -> None:
-    """Write the checkpoint as GGUF: Q4_0, output Q8_0, norms float32, under llama.cpp's name for the architecture."""
-    import gguf
-    from safetensors import safe_open
+    """Write the checkpoint as GGUF: Q4_0, output Q8_0."""
+    from gguf import GGMLQuantizationType
 
-    config = json.loads((checkpoint / "config.json").read_bytes())
-    head_dim, hidden, layers = config["head_dim"], config["hidden_size"], config["num_hidden_layers"]
-    q4, q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
-    staging = out.with_name(f".{out.name}.part")
-    writer = gguf.GGUFWriter(staging, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no mapping
-            weight = file.get_tensor(name).float().numpy()
-            stored = names.get_name(name, try_suffixes=(".weight",))
-            assert stored is not None, name
-            if weight.ndim == 1:
-                writer.add_tensor(stored, weight)
-                continue
-            if "q_proj" in name or "k_proj" in name:
-                # llama.cpp rotates neighbouring pairs and Mistral the halves of a head: [heads, 2, D/2, in], 2 moved inwards.
-                halves = weight.reshape(-1, 2, head_dim // 2, hidden)
-                weight = halves.swapaxes(1, 2).reshape(weight.shape)
-            kind = q8 if name == "lm_head.weight" else q4
-            writer.add_tensor(stored, gguf.quants.quantize(weight, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(staging, out)
+    from benchmarks.gguf_file import write_gguf
+    from galerne.export.checkpoint.open import open_checkpoint
+
+    q4, q8 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+    write_gguf(open_checkpoint(checkpoint), out, q4, lambda name: q8 if name == "lm_head.weight" else q4)
+
+
+def make_float_gguf(checkpoint: Path, out: Path) -> None:
+    """Write the checkpoint as GGUF in float32, for llama.cpp's own quantizer."""
+    from gguf import GGMLQuantizationType
+
+    from benchmarks.gguf_file import write_gguf
+    from galerne.export.checkpoint.open import open_checkpoint
+
+    write_gguf(open_checkpoint(checkpoint), out, GGMLQuantizationType.F32)
 
 
 def make_fp8_checkpoint(source: Path, out: Path) -> None:
@@ -150,6 +124,7 @@ FORMATS: dict[str, Callable[[Path, Path], None]] = {
     "fp16-bundle": make_fp16_bundle,
     "engine": make_engine,
     "gguf": make_gguf,
+    "float-gguf": make_float_gguf,
 }
 
 

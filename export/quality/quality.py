@@ -61,7 +61,7 @@ def measure(
         )
     with Task("quality", len(fed)) as task, Model.open(bundle.path, engine) as opened:
         found = []
-        for ids, expected in _source_logits(source, fed, model.vocab_size):
+        for ids, expected in source_logits(source, fed, model.vocab_size):
             found.append(distance(ids, expected, _bundle_logits(opened, ids)))
             task.advance()
         name = opened.engine.name
@@ -80,7 +80,7 @@ def measure(
     )
 
 
-def _source_logits(source: StreamedModel, fed: Int64, vocab_size: int) -> Iterator[tuple[Int64, Float32]]:
+def source_logits(source: StreamedModel, fed: Int64, vocab_size: int) -> Iterator[tuple[Int64, Float32]]:
     """Yield each sequence [S] and the source's logits after each of its tokens [S, vocab_size]."""
     together = max(1, _MOST_LOGITS // (fed.shape[1] * vocab_size))
     for first in range(0, len(fed), together):
