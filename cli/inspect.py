@@ -1,10 +1,15 @@
 """`galerne inspect`: what is in a bundle, and whether its hashes hold."""
 
 import dataclasses
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import typer
 
 from galerne.cli.output import BundlePath, Json, emit, size, table
+
+if TYPE_CHECKING:
+    from galerne.runtime.manifest import Manifest
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +25,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
     opened = Bundle.open(bundle)
     opened.verify_hashes()
     manifest = opened.manifest
+    formats = _formats(manifest)
     model, graph = manifest.model, manifest.graph
     windows = [
         f"{'none: every key is seen' if window is None else f'{window} tokens'}{_share(model.layer_windows, window)}"
@@ -35,15 +41,29 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
         ["adapters", f"{len(graph.adapter_slots)} slots" if graph.adapter_slots else "no slots"],
         ["recipe", str(manifest.recipe["description"])],
+        *([["weights", ", ".join(f"{form} {size(held)}" for form, held in formats.items())]] if formats else []),
         ["parity", ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items()) or "not verified yet"],
         ["engines", ", ".join(opened.engines()) or "none; the portable graph runs"],
         ["hashes", "hold"],
     ]
     files = [["file", "size"], *([name, size(entry.size)] for name, entry in sorted(manifest.files.items()))]
-    data = {**dataclasses.asdict(manifest), "engines": opened.engines(), "hashes_hold": True}
+    data = {**dataclasses.asdict(manifest), "engines": opened.engines(), "hashes_hold": True, "formats": formats}
     emit(json, data, "\n".join(f"{key:<9}{value}" for key, value in facts) + "\n\n" + table(files))
 
 
 def _share(layer_windows: tuple[int | None, ...], window: int | None) -> str:
     count = layer_windows.count(window)
     return "" if count == len(layer_windows) else f" in {count} of {len(layer_windows)} layers"
+
+
+def _formats(manifest: "Manifest") -> dict[str, int]:
+    """Return the bytes of products' weights by what they are stored in; empty where the checkpoint says that and no recipe."""
+    from galerne.runtime.footprint import forms_of, stored_products
+
+    if manifest.recipe.get("method") == "checkpoint":
+        return {}
+    found: Counter[str] = Counter()
+    for product in stored_products(manifest.model, forms_of(manifest.recipe)):
+        dtype, block = product.form
+        found[dtype if block is None else f"{dtype} in blocks of {block}"] += int(product.stored_bytes)
+    return dict(found.most_common())

@@ -17,9 +17,9 @@ from galerne.export.dialects.dialect import dialect_module
 from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
 from galerne.export.hashing import SourceHashes
-from galerne.export.packed_weights import split_products
 from galerne.export.prequantized import check_recipe
 from galerne.export.spec import DecoderSpec
+from galerne.export.split_products import split_products
 from galerne.export.trace import trace
 from galerne.export.weights import write_weights
 from galerne.files import staged_folder
@@ -28,9 +28,10 @@ from galerne.optimize.graph.clean import clean
 from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
 from galerne.optimize.quantize.qdq import opset_of
-from galerne.optimize.quantize.recipe import AnyRecipe
+from galerne.optimize.quantize.recipe import AnyRecipe, check_overrides
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
+from galerne.runtime.footprint import HEAD, weight_names
 from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, Source, layer_kinds
 
 DEFAULT_CHUNK = 256
@@ -60,18 +61,20 @@ def export(
         dialect: how the graph spells its operators.
         threads: that weights are made on, by default one for each core. The bundle's bytes do not depend on it.
         adapter_slots: give each product inputs for a LoRA adapter, so that one can be chosen at run time.
-    Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, or `out` cannot be written.
+    Raises: InputError if the model is not supported, a tensor is missing or has the wrong shape, an override of the recipe
+        matches no weight, or `out` cannot be written.
     """
     check_recipe(checkpoint, recipe)
     spec = read_spec(checkpoint.config, _config_name(checkpoint))
     _check_tensors(spec, checkpoint)
+    check_overrides(recipe, weight_names(model_facts(spec)), str(checkpoint.path))
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
     with staged_folder(out) as folder, SourceHashes(checkpoint.files()) as source_hashes:
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
-            weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.lm_head.bits is None)
+            weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.format_for(HEAD).bits is None)
             name_graph(model, layer_kinds(spec.layer_windows)[1])
         frequencies = {
             f"model.rotary.{i}.frequencies": np.array(rotary.frequencies, np.float32)
@@ -80,7 +83,7 @@ def export(
         stored = [weight for weight in weights if weight.name not in frequencies]
         for name, values in frequencies.items():
             model.graph.initializers[name].const_value = ir.tensor(values, name=name)
-        stored = split_products(model, stored, checkpoint)
+        stored = split_products(model, stored, checkpoint, recipe)
         if adapter_slots:
             facts = dataclasses.replace(facts, adapter_slots=add_adapter_slots(model, stored, checkpoint.shapes()))
         count = sum(math.prod(weight.shape) for weight in stored)

@@ -45,6 +45,7 @@ def model_facts(spec: DecoderSpec) -> ModelFacts:
         bos_token_id=spec.bos_token_id,
         eos_token_ids=spec.eos_token_ids,
         num_experts=spec.num_experts,
+        fused_projections=spec.fused_projections,
     )
 
 

@@ -11,27 +11,11 @@ from numpy.typing import NDArray
 
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import Bytes, PackedTensor
-from galerne.optimize.graph.weights import Weight, fused_name
+from galerne.optimize.graph.weights import Weight
 from galerne.optimize.quantize.qdq import insert_dequantize
 from galerne.optimize.quantize.rounding import pack_int4
 
 Array = NDArray[Any]
-
-
-def split_products(model: ir.Model, weights: list[Weight], checkpoint: Checkpoint) -> list[Weight]:
-    """Take fused products apart whose weights the checkpoint stores in different forms, in place.
-
-    Each run of weights of one form becomes a product of its own; the results are put side by side again.
-
-    Returns: the weights as the graph has them now.
-    """
-    if checkpoint.quantization is None:
-        return weights
-    result = []
-    for weight in weights:
-        runs = _runs(weight, checkpoint) if weight.role == "linear" else []
-        result += _split(model.graph, weight, runs, checkpoint) if len(runs) > 1 else [weight]
-    return result
 
 
 def packed_sources(weight: Weight, checkpoint: Checkpoint) -> list[PackedTensor]:
@@ -75,47 +59,6 @@ def packed_initializers(
     if zero_points is not None:
         data.append(partial(_given, _stored(zero_points, kind)))
     return [(initializer, _size(initializer), make) for initializer, make in zip(made, data, strict=True)]
-
-
-def _runs(weight: Weight, checkpoint: Checkpoint) -> list[list[str]]:
-    runs: list[list[str]] = []
-    last: PackedTensor | None = None
-    for name in weight.sources:
-        packed = checkpoint.packed(name)
-        same = last is packed if last is None or packed is None else last.same_form(packed)
-        if runs and same:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-        last = packed
-    return runs
-
-
-def _split(graph: ir.Graph, weight: Weight, runs: list[list[str]], checkpoint: Checkpoint) -> list[Weight]:
-    whole = graph.initializers.pop(weight.name)
-    result = []
-    for run in runs:
-        shape = (weight.shape[0], sum(checkpoint.shapes()[name][0] for name in run))
-        result.append(Weight(fused_name(tuple(run)), "linear", tuple(run), shape))
-        assert whole.type is not None
-        graph.initializers[result[-1].name] = ir.Value(name=result[-1].name, shape=ir.Shape(shape), type=whole.type)
-    for product, _ in tuple(whole.uses()):
-        assert product.name is not None
-        base, output = product.name, product.outputs[0]
-        parts = []
-        for part in result:
-            folder, _, module = part.name.removesuffix(".weight").rpartition(".")
-            assert folder
-            name = f"{base.rsplit('/', 2)[0]}/{module}/MatMul"
-            node = ir.node("MatMul", [product.inputs[0], graph.initializers[part.name]], name=name)
-            node.outputs[0].name = f"{name}_output_0"
-            parts.append(node)
-        joined = ir.node("Concat", [node.outputs[0] for node in parts], {"axis": -1}, name=f"{base}/Concat")
-        joined.outputs[0].name = f"{joined.name}_output_0"
-        graph.insert_before(product, [*parts, joined])
-        ir.convenience.replace_all_uses_with(output, joined.outputs[0])
-        graph.remove(product, safe=True)
-    return result
 
 
 def _reorder_inputs(graph: ir.Graph, value: ir.Value, order: NDArray[np.int64]) -> None:

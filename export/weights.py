@@ -155,13 +155,15 @@ def _weight(
     model: ir.Model, weight: Weight, checkpoint: Checkpoint, recipe: AnyRecipe, threads: int | None
 ) -> Iterator[Callable[[], Piece]]:
     """Yield what makes a weight's pieces, in the file's order, and put the weight into the graph."""
-    value, form = model.graph.initializers[weight.name], recipe.format_for(weight.name)
+    value = model.graph.initializers[weight.name]
     if packed := packed_sources(weight, checkpoint):
         for initializer, size, data in packed_initializers(model.graph, value, packed):
             yield partial(_piece, data, (initializer, size))
         yield partial(_piece, partial(np.empty, 0, np.uint8), ends=weight)
         return
     sources = Sources(checkpoint, weight)
+    # Parts of a product are of one form; one that is the embedding's table too goes by its own name.
+    form = recipe.format_for(weight.name if len(weight.sources) == 1 else weight.sources[0])
     if weight.role == "linear" and form.bits is not None:
         yield from _quantized(model, value, sources, form, FloatTypes[recipe.compute], threads)
         return
@@ -271,15 +273,16 @@ def _tile_rows(height: int) -> int:
     return _TILE // height // _TILE_ROWS * _TILE_ROWS or _TILE_ROWS
 
 
-def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe) -> torch.Tensor:
+def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe, first: int = 0) -> torch.Tensor:
     """Return a checkpoint's tensor as the recipe stores it, widened again, for a PyTorch model that must match a bundle.
 
     Args:
         tensor: [out, in] for a linear weight, [experts, out, in] for those of several experts, float32.
         name: of the tensor in transformers.
+        first: the number of the first of its experts.
     """
     if tensor.ndim == 3:
-        return torch.stack([rounded_like(part, name, recipe) for part in tensor])
+        return torch.stack([_rounded_expert(part, name, number, recipe) for number, part in enumerate(tensor, first)])
     if name.endswith(".bias"):
         return tensor.to(getattr(torch, recipe.compute)).float()
     if tensor.ndim != 2:
@@ -289,3 +292,21 @@ def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe) -> torch.Te
         return tensor.to(getattr(torch, form.dtype)).float()
     block = form.block_for(tensor.shape[1], name)
     return torch.from_numpy(dequantize(*quantize(tensor.numpy(), form.bits, block)))
+
+
+def _rounded_expert(tensor: torch.Tensor, name: str, number: int, recipe: AnyRecipe) -> torch.Tensor:
+    """Round an expert's weights, which transformers has side by side: [gate and up, in] or [out, in]."""
+    parts = expert_names(name, number)
+    rows = torch.split(tensor, len(tensor) // len(parts))
+    return torch.cat([rounded_like(part, own, recipe) for part, own in zip(rows, parts, strict=True)])
+
+
+def expert_names(name: str, number: int) -> tuple[str, ...]:
+    """Return the names in the checkpoint of the weights of an expert, of which transformers makes one.
+
+    Args:
+        name: in transformers, ending in `mlp.experts.gate_up_proj` or `mlp.experts.down_proj`.
+    """
+    layer, _, kind = name.partition(".mlp.experts.")
+    fields = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
+    return tuple(f"{layer}.block_sparse_moe.experts.{number}.{field}.weight" for field in fields)

@@ -1,7 +1,10 @@
 """How many bytes a model's weights and its cache take, and how many of them a step reads."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import fnmatch
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
 
 from galerne.runtime.manifest import ModelFacts
 
@@ -11,6 +14,27 @@ _SCALE_BYTES = 2
 # A block that does not divide the input axis gives way to the next smaller one.
 _BLOCK_SIZES = (128, 64, 32)
 _NORM_BYTES = 4
+_ROUTER = ".gate.weight"
+HEAD = "lm_head.weight"
+
+T = TypeVar("T")
+
+
+def choose_form(weight: str, overrides: Iterable[tuple[str, T]], lm_head: T, weights: T, compute: T) -> T:
+    """Return how a linear weight is stored, by its name in the checkpoint: as the first override says whose pattern matches it.
+
+    A router of experts is not quantized: it is small, and another choice of experts is another answer.
+
+    Args:
+        overrides: patterns, with * and ? as in a shell, and what they stand for.
+        lm_head, weights: of the vocabulary projection, and of the rest. compute: of what is not quantized.
+    """
+    if weight.endswith(_ROUTER):
+        return compute
+    for pattern, form in overrides:
+        if fnmatch.fnmatchcase(weight, pattern):
+            return form
+    return lm_head if weight == HEAD else weights
 
 
 class Form(NamedTuple):
@@ -47,30 +71,127 @@ class Form(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """How a bundle stores its weights: those of the layers' products, the vocabulary projection, and all others."""
+    """How a bundle stores its weights: those of the layers' products, the vocabulary projection, and all others.
+
+    overrides: patterns over the weights' names in the checkpoint, and the forms of what they match; the first holds.
+    """
 
     weights: Form
     lm_head: Form
     compute: str
+    overrides: tuple[tuple[str, Form], ...] = ()
 
     @property
     def compute_bytes(self) -> int:
         """Bytes of an activation, of a cached value and of a value of the embedding table."""
         return _FLOATS[self.compute]
 
+    def form_for(self, weight: str) -> Form:
+        """Return the form of a linear weight by its name in the checkpoint."""
+        return choose_form(weight, self.overrides, self.lm_head, self.weights, Form(self.compute))
+
+
+class Product(NamedTuple):
+    """Weights of the checkpoint that read one input, and so are one product where they are stored alike.
+
+    rows: the width of the input. parts: each weight's name in the checkpoint and its outputs.
+    """
+
+    rows: int
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def columns(self) -> int:
+        """Outputs of all of them."""
+        return sum(columns for _, columns in self.parts)
+
+
+class StoredProduct(NamedTuple):
+    """A weight [rows, columns] of a bundle's product, and how it is stored."""
+
+    form: Form
+    rows: int
+    columns: int
+
+    @property
+    def stored_bytes(self) -> float:
+        """Its bytes in the bundle."""
+        return self.form.stored_bytes(self.rows, self.columns)
+
 
 def forms_of(recipe: Mapping[str, Any]) -> Forms:
     """Return the forms of a recipe as a manifest holds it."""
-    weights, head = (Form(recipe[key]["dtype"], recipe[key].get("block_size")) for key in ("weights", "lm_head"))
-    return Forms(weights, head, recipe["compute"])
+    overrides = tuple((override["match"], _form(override["format"])) for override in recipe.get("overrides", ()))
+    return Forms(_form(recipe["weights"]), _form(recipe["lm_head"]), recipe["compute"], overrides)
+
+
+def _form(tree: Mapping[str, Any]) -> Form:
+    return Form(tree["dtype"], tree.get("block_size"))
+
+
+def layer_products(model: ModelFacts, layer: int) -> list[Product]:
+    """Return the products of a decoder layer: q, k and v; o; and gate and up; down; of each expert, after their router."""
+    attention, kv = (count * model.head_dim for count in (model.num_attention_heads, model.num_key_value_heads))
+    hidden, width, prefix = model.hidden_size, model.intermediate_size, f"model.layers.{layer}"
+    qkv = (
+        {"qkv_proj": attention + 2 * kv}
+        if model.fused_projections
+        else {"q_proj": attention, "k_proj": kv, "v_proj": kv}
+    )
+    products = [
+        _product(f"{prefix}.self_attn", hidden, qkv),
+        _product(f"{prefix}.self_attn", attention, {"o_proj": hidden}),
+    ]
+    if not model.num_experts:
+        gate_up = {"gate_up_proj": 2 * width} if model.fused_projections else {"gate_proj": width, "up_proj": width}
+        return [
+            *products,
+            _product(f"{prefix}.mlp", hidden, gate_up),
+            _product(f"{prefix}.mlp", width, {"down_proj": hidden}),
+        ]
+    products.append(_product(f"{prefix}.block_sparse_moe", hidden, {"gate": model.num_experts}))
+    for expert in range(model.num_experts):
+        folder = f"{prefix}.block_sparse_moe.experts.{expert}"
+        products += [_product(folder, hidden, {"w1": width, "w3": width}), _product(folder, width, {"w2": hidden})]
+    return products
+
+
+def _product(folder: str, rows: int, parts: Mapping[str, int]) -> Product:
+    return Product(rows, tuple((f"{folder}.{name}.weight", columns) for name, columns in parts.items()))
+
+
+def head_product(model: ModelFacts) -> Product:
+    """Return the vocabulary projection, which has its own name where it is the embedding's table too."""
+    return Product(model.hidden_size, ((HEAD, model.vocab_size),))
+
+
+@cache
+def all_products(model: ModelFacts) -> tuple[Product, ...]:
+    """Return every product of a model."""
+    layers = [product for layer in range(model.num_hidden_layers) for product in layer_products(model, layer)]
+    return (*layers, head_product(model))
+
+
+@cache
+def weight_names(model: ModelFacts) -> tuple[str, ...]:
+    """Return the names in the checkpoint of the weights that a recipe gives a form, so without routers."""
+    names = (name for product in all_products(model) for name, _ in product.parts)
+    return tuple(name for name in names if not name.endswith(_ROUTER))
+
+
+@cache
+def stored_products(model: ModelFacts, forms: Forms) -> tuple[StoredProduct, ...]:
+    """Return every product's weight as a bundle stores it: parts of one form that follow each other are one."""
+    found = []
+    for product in all_products(model):
+        for form, run in groupby(product.parts, key=lambda part: forms.form_for(part[0])):
+            found.append(StoredProduct(form, product.rows, sum(columns for _, columns in run)))
+    return tuple(found)
 
 
 def linear_shapes(model: ModelFacts) -> list[tuple[int, int]]:
-    """Return [in, out] of each product of one decoder layer: q, k and v; o; and of each expert gate and up, down."""
-    attention = model.num_attention_heads * model.head_dim
-    kv = model.num_key_value_heads * model.head_dim
-    mlp = [(model.hidden_size, 2 * model.intermediate_size), (model.intermediate_size, model.hidden_size)]
-    return [(model.hidden_size, attention + 2 * kv), (attention, model.hidden_size), *mlp * max(1, model.num_experts)]
+    """Return [in, out] of each product of one decoder layer."""
+    return [(product.rows, product.columns) for product in layer_products(model, 0)]
 
 
 def head_shape(model: ModelFacts) -> tuple[int, int]:
@@ -80,7 +201,7 @@ def head_shape(model: ModelFacts) -> tuple[int, int]:
 
 def stored_weight_bytes(model: ModelFacts, forms: Forms) -> int:
     """Return the bytes of all weights in the bundle, but for biases: some hundred thousandths."""
-    shared = model.tie_word_embeddings and forms.lm_head.is_float
+    shared = model.tie_word_embeddings and forms.form_for(HEAD).is_float
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size * _NORM_BYTES
     table = 0 if shared else model.vocab_size * model.hidden_size * forms.compute_bytes
     return decode_weight_bytes(model, forms) + table + norms
@@ -88,8 +209,7 @@ def stored_weight_bytes(model: ModelFacts, forms: Forms) -> int:
 
 def decode_weight_bytes(model: ModelFacts, forms: Forms) -> int:
     """Return the bytes of weights that one decode step reads: every product's, with its scales; of the table one row."""
-    layer = sum(forms.weights.stored_bytes(*shape) for shape in linear_shapes(model))
-    return int(model.num_hidden_layers * layer + forms.lm_head.stored_bytes(*head_shape(model)))
+    return int(sum(product.stored_bytes for product in stored_products(model, forms)))
 
 
 def seen_cache_bytes(model: ModelFacts, length: int, bytes_per_value: int) -> int:

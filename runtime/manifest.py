@@ -66,6 +66,7 @@ class ModelFacts:
 
     layer_windows: for each layer the number of newest positions that a query sees, itself included; null where it sees all.
     num_experts: MLPs of each layer, all of which run; 0 for a single one.
+    fused_projections: whether the checkpoint has q, k, v in one weight, and gate and up in another.
     """
 
     architecture: str
@@ -83,6 +84,7 @@ class ModelFacts:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     num_experts: int = field(default=0, metadata=schema.LATER)
+    fused_projections: bool = field(default=False, metadata=schema.LATER)
 
 
 @dataclass(frozen=True)

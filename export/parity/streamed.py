@@ -114,7 +114,7 @@ class StreamedModel:
         def fill(first: int) -> None:
             rows = self._weights.rows(stored, first, min(first + step, shape[0])).float()
             if self._rounding is not None:
-                rows = rounded_like(rows, name, self._rounding)
+                rows = rounded_like(rows, name, self._rounding, first)
             if name in self._products:
                 rows = rows + _product(self._products[name], first, first + step)
             whole[first : first + step] = rows.numpy()

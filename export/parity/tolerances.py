@@ -75,7 +75,9 @@ def arithmetic(recipe: AnyRecipe, engine: str) -> Arithmetic:
     engine widens floats to float32 and multiplies quantized weights with activations rounded to int8.
     """
     if engine == CPU:
-        if recipe.weights.dtype == "float8e4m3fn":  # widened, and rounded to float16 in the reference only
-            return "float16"
-        return "float32" if recipe.weights.bits is None and recipe.lm_head.bits is None else "int8 activations"
+        quantized = {form.dtype for form in recipe.formats if form.bits is not None}
+        if quantized - {"float8e4m3fn"}:
+            return "int8 activations"
+        # float8 is widened, and rounded to float16 in the reference only.
+        return "float16" if quantized else "float32"
     return "float32" if recipe.compute == "float32" else "float16"

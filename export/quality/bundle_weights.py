@@ -1,6 +1,7 @@
 """A bundle's weights as its graph computes with them, dequantized, under the names of transformers' parameters."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -9,14 +10,14 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from galerne.optimize.graph.weights import fused_name
 from galerne.optimize.quantize.qdq import SCALE_SUFFIX, VALUES_SUFFIX, ZERO_POINT_SUFFIX
 from galerne.runtime.bundle import GRAPH, Bundle
 
 Float32 = npt.NDArray[np.float32]
 
-# What the graph keeps as one product, by its last name, and the parts that transformers has side by side.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_WHOLE = {part: (whole, parts) for whole, parts in _FUSED.items() for part in parts}
+# What reads one input: the graph keeps those that follow each other and are stored alike as one product.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class BundleWeights:
@@ -39,15 +40,15 @@ class BundleWeights:
             return self._shaped(name, shapes[name])
         prefix, _, kind = name.rpartition(".")
         prefix, _, module = prefix.rpartition(".")
-        if module not in _WHOLE:
-            return None
-        whole, parts = _WHOLE[module]
-        if not self._has(fused := f"{prefix}.{whole}.{kind}"):
-            return None
-        sizes = [shapes[f"{prefix}.{part}.{kind}"][0] for part in parts]
-        start = sum(sizes[: parts.index(module)])
-        value = self._shaped(fused, (sum(sizes), *shapes[name][1:]))
-        return value[start : start + shapes[name][0]].contiguous()
+        for parts in _runs_with(module):
+            names = tuple(f"{prefix}.{part}.{kind}" for part in parts)
+            if not self._has(fused := fused_name(names)):
+                continue
+            sizes = [shapes[part][0] for part in names]
+            start = sum(sizes[: parts.index(module)])
+            value = self._shaped(fused, (sum(sizes), *shapes[name][1:]))
+            return value[start : start + shapes[name][0]].contiguous()
+        return None
 
     def _has(self, name: str) -> bool:
         return name in self._tensors or name + VALUES_SUFFIX in self._tensors
@@ -72,3 +73,12 @@ class BundleWeights:
 
     def _read(self, name: str) -> Float32:
         return numpy_helper.to_array(self._tensors[name], base_dir=self._folder).astype(np.float32)
+
+
+def _runs_with(module: str) -> Iterator[tuple[str, ...]]:
+    """Yield the runs of two or more modules that follow each other and read one input, and that a module is part of."""
+    for parts in _TOGETHER:
+        for first in range(len(parts)):
+            for last in range(first + 2, len(parts) + 1):
+                if module in parts[first:last]:
+                    yield parts[first:last]

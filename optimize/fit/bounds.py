@@ -4,7 +4,7 @@ import math
 
 from galerne.optimize.fit.device import Device
 from galerne.optimize.fit.workload import Workload, attention_ops, product_weights
-from galerne.runtime.footprint import decode_weight_bytes, head_shape, linear_shapes, seen_cache_bytes
+from galerne.runtime.footprint import decode_weight_bytes, head_shape, linear_shapes, seen_cache_bytes, stored_products
 
 
 def decode_bound(work: Workload, device: Device, bandwidth_bytes_per_s: float | None = None) -> float:
@@ -37,5 +37,7 @@ def prefill_bound(work: Workload, device: Device) -> float:
 
 
 def _seconds(read: float, ops: float, work: Workload, device: Device, bandwidth: float | None) -> float:
-    rate = device.ops_for(work.forms.compute, quantized=not work.forms.weights.is_float)
+    # The faster rate for all, where only some are quantized: so it stays a bound.
+    any_quantized = any(not product.form.is_float for product in stored_products(work.model, work.forms))
+    rate = device.ops_for(work.forms.compute, quantized=any_quantized)
     return max(read / (bandwidth or device.bandwidth_bytes_per_s), 0.0 if rate is None else ops / rate)

@@ -7,8 +7,8 @@ from galerne.optimize.fit.bounds import decode_bound, prefill_bound
 from galerne.optimize.fit.device import device_of
 from galerne.optimize.fit.memory import memory_of
 from galerne.optimize.fit.workload import Workload
-from galerne.optimize.quantize.recipe import AnyRecipe
-from galerne.runtime.footprint import forms_of
+from galerne.optimize.quantize.recipe import AnyRecipe, check_overrides
+from galerne.runtime.footprint import forms_of, weight_names
 from galerne.runtime.manifest import ModelFacts
 from galerne.targets.target import Stack, Target
 
@@ -64,12 +64,14 @@ def fit(
         context: tokens of each row. batch: rows. chunk: the most new tokens of one run.
         budget_bytes: what it may take, where other programs need the rest.
         ring_context: the longest context that the rings are sized for, where that is fixed, as in a bundle; by default `context`.
-    Raises: InputError if a number is not at least 1; BackendError if the target is this machine and does not say what it has.
+    Raises: InputError if a number is not at least 1, or an override matches none of the model's weights; BackendError if the
+        target is this machine and does not say what it has.
     """
     sizes = {"--context": context, "--batch": batch, "--chunk": chunk, "--memory-budget": budget_bytes}
     for option, number in sizes.items():
         if number is not None and number < 1:
             raise InputError(f"{option}: expected at least 1, found {number}")
+    check_overrides(recipe, weight_names(model), f"this {model.architecture}")
     device = device_of(target)
     work = Workload(model, forms_of(recipe.resolved()), context, batch, chunk, max(context, ring_context or 0))
     memory = memory_of(work, target, stack)
@@ -97,5 +99,5 @@ def missing_types(recipe: AnyRecipe, stack: Stack) -> tuple[str, ...]:
     """Return the types that a recipe needs and a stack does not take."""
     if stack.backend == "onnxruntime":  # the `cpu` engine computes in float32 whatever a bundle is stored in
         return ()
-    needed = dict.fromkeys((recipe.weights.dtype, recipe.lm_head.dtype, recipe.compute))
+    needed = dict.fromkeys((*(form.dtype for form in recipe.formats), recipe.compute))
     return tuple(name for name in needed if _STACK_TYPES.get(name, name) not in stack.types)

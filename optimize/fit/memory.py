@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from galerne.optimize.fit.workload import Workload
 from galerne.runtime.engines.tensorrt.package import numbers
-from galerne.runtime.footprint import Form, head_shape, linear_shapes, slot_bytes, stored_weight_bytes
+from galerne.runtime.footprint import StoredProduct, slot_bytes, stored_products, stored_weight_bytes
 from galerne.targets.target import Stack, Target
 
 # ONNX Runtime keeps a quantized weight packed, with a float32 scale and a float32 sum of the weights for each block, and
@@ -68,10 +68,9 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     """
     model, forms = work.model, work.forms
     compute = _FLOAT32_BYTES if widened else forms.compute_bytes
-    shapes = [(forms.weights, shape) for shape in linear_shapes(model)] * model.num_hidden_layers
-    shapes.append((forms.lm_head, head_shape(model)))
-    products = sum(_packed_bytes(form, *shape) for form, shape in shapes)
-    largest = max(_packed_bytes(form, *shape) + _raw_bytes(form, *shape) for form, shape in shapes)
+    stored = stored_products(model, forms)
+    products = sum(map(_packed_bytes, stored))
+    largest = max(_packed_bytes(product) + _raw_bytes(product) for product in stored)
     table = model.vocab_size * model.hidden_size * forms.compute_bytes
     process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
     slots, before = work.grown_slots()
@@ -94,8 +93,9 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     return Memory(parts, transient)
 
 
-def _packed_bytes(form: Form, rows: int, columns: int) -> float:
+def _packed_bytes(product: StoredProduct) -> float:
     """Return what ONNX Runtime's CPU provider keeps of a product's weight: as float32, or packed in blocks."""
+    form, rows, columns = product
     if form.is_float:
         return rows * columns * _FLOAT32_BYTES
     bits = form.bytes_per_weight()
@@ -103,8 +103,9 @@ def _packed_bytes(form: Form, rows: int, columns: int) -> float:
     return rows * columns * (bits + _BLOCK_BYTES / block)
 
 
-def _raw_bytes(form: Form, rows: int, columns: int) -> float:
+def _raw_bytes(product: StoredProduct) -> float:
     """Return what it reads of a weight while it packs it."""
+    form, rows, columns = product
     return rows * columns * (_FLOAT32_BYTES if form.is_float else form.bytes_per_weight())
 
 
@@ -119,8 +120,8 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     if stack.dialect == "primitive":  # no attention kernel: scores and their softmax, both in float32
         activations += _SCORE_COPIES * tokens * model.num_attention_heads * ring * _FLOAT32_BYTES
     # For many tokens at once, kernels may unpack a quantized weight into the type that they multiply in.
-    products = [(forms.weights, shape) for shape in linear_shapes(model)] + [(forms.lm_head, head_shape(model))]
-    workspace = max(0 if form.is_float else rows * columns * compute for form, (rows, columns) in products)
+    products = stored_products(model, forms)
+    workspace = max(0 if form.is_float else rows * columns * compute for form, rows, columns in products)
     # Only TensorScatter updates a ring in place; without it each run reads one set of rings and writes another.
     sets = 2 if stack.dialect == "primitive" else 1
     parts = {
@@ -132,7 +133,11 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     }
     if stack.builds_on != "device":
         return Memory(parts, {})
-    copies = _FLOAT_BUILDER_COPIES if forms.weights.is_float else _QUANTIZED_BUILDER_COPIES
+    layers = products[:-1]  # without the vocabulary projection
+    floats = sum(product.stored_bytes for product in layers if product.form.is_float) / sum(
+        product.stored_bytes for product in layers
+    )
+    copies = floats * _FLOAT_BUILDER_COPIES + (1 - floats) * _QUANTIZED_BUILDER_COPIES
     if stack.version is not None and numbers(stack.version) < _STREAMED_SINCE:
         copies += 1
     return Memory(parts, {"building": int(_BUILDER_BYTES + copies * parts["weights"])})

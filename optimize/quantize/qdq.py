@@ -14,7 +14,7 @@ def opset_of(recipe: AnyRecipe) -> int:
     """
     if isinstance(recipe, CheckpointRecipe):  # any weight may be in blocks
         return 21
-    bits = {recipe.weights.bits, recipe.lm_head.bits}
+    bits = {form.bits for form in recipe.formats}
     return 21 if 4 in bits else 19 if 8 in bits else 1
 
 

@@ -4,12 +4,14 @@ import dataclasses
 import fnmatch
 import importlib.resources
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from galerne import schema
 from galerne.errors import InputError
+from galerne.runtime.footprint import choose_form
 from galerne.runtime.manifest import FloatType
 
 if sys.version_info >= (3, 11):
@@ -22,7 +24,6 @@ _FOLDER = importlib.resources.files("galerne.optimize.recipes")
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8", "int4": "int4-rtn"}
 # A block that does not divide the input axis gives way to the next smaller one.
 _BLOCK_SIZES = (128, 64, 32)
-_ROUTER = ".gate.weight"
 
 # nearest: the smallest scale that clips nothing. search: the scale with the least error of the weights, no text needed.
 Method = Literal["nearest", "search", "gptq", "awq"]
@@ -120,17 +121,15 @@ class Recipe:
         """Whether its weights depend on text, so that a checkpoint is quantized before it is exported."""
         return self.calibration is not None
 
-    def format_for(self, weight: str) -> WeightFormat:
-        """Return the format of a linear weight by its name in the graph or in the checkpoint.
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """All formats that it names."""
+        return self.weights, self.lm_head, *(override.format for override in self.overrides)
 
-        A router of experts is not quantized: it is small, and another choice of experts is another answer.
-        """
-        if weight.endswith(_ROUTER):
-            return WeightFormat(self.compute)
-        for override in self.overrides:
-            if fnmatch.fnmatchcase(weight, override.match):
-                return override.format
-        return self.lm_head if weight.startswith("lm_head.") else self.weights
+    def format_for(self, weight: str) -> WeightFormat:
+        """Return the format of a linear weight by its name in the checkpoint; see `choose_form`."""
+        overrides = ((override.match, override.format) for override in self.overrides)
+        return choose_form(weight, overrides, self.lm_head, self.weights, WeightFormat(self.compute))
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as its TOML file reads, for the manifest."""
@@ -151,6 +150,11 @@ class CheckpointRecipe:
     lm_head: StoredFormat
     method: Literal["checkpoint"] = "checkpoint"
 
+    @property
+    def formats(self) -> tuple[StoredFormat, ...]:
+        """The formats that it names."""
+        return self.weights, self.lm_head
+
     def format_for(self, weight: str) -> WeightFormat:
         """Return the format of a linear weight that the checkpoint has not quantized."""
         return WeightFormat(self.compute)
@@ -161,6 +165,20 @@ class CheckpointRecipe:
 
 
 AnyRecipe = Recipe | CheckpointRecipe
+
+
+def check_overrides(recipe: AnyRecipe, weights: Collection[str], where: str) -> None:
+    """Hold a recipe's overrides against a model.
+
+    Args:
+        weights: the names of its linear weights. where: what to call the model.
+    Raises: InputError if one matches none of them.
+    """
+    for override in recipe.overrides if isinstance(recipe, Recipe) else ():
+        if not fnmatch.filter(weights, override.match):
+            raise InputError(
+                f"overrides: {override.match!r} matches no weight of {where}; its weights are named as in {min(weights)}"
+            )
 
 
 def read_resolved(tree: dict[str, Any], where: str) -> AnyRecipe:
@@ -194,7 +212,8 @@ def load(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InputError(f"{name}: not TOML ({exc})") from exc
     recipe = schema.read(Recipe, tree, name)
-    for key, form in (("weights", recipe.weights), ("lm_head", recipe.lm_head)):
+    keys = ["weights", "lm_head", *(f"overrides[{i}]: format" for i in range(len(recipe.overrides)))]
+    for key, form in zip(keys, recipe.formats, strict=True):
         if (form.dtype == "int4") != (form.block_size is not None):
             raise InputError(f"{name}: {key}: block_size goes with dtype int4, and int4 needs one; found {form}")
         if form.bits is None and form.dtype != recipe.compute:
