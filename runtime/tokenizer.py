@@ -29,7 +29,10 @@ class TokenStream(Protocol):
 
 
 class Tokenizer:
-    """The tokenizer of a bundle."""
+    """A model's tokenizer.
+
+    bos_token_id: the model's token that begins a text; None where it has none.
+    """
 
     def __init__(self, library: tokenizers.Tokenizer, bos_token_id: int | None = None) -> None:
         """Wrap a tokenizer of the library.
@@ -41,7 +44,7 @@ class Tokenizer:
         library.no_padding()
         library.no_truncation()
         self._library = library
-        self._bos_token_id = bos_token_id
+        self.bos_token_id = bos_token_id
         self._vocabulary = _Vocabulary(library)
 
     @staticmethod
@@ -53,11 +56,22 @@ class Tokenizer:
         path = bundle.file(TOKENIZER)
         if TOKENIZER not in bundle.manifest.files:
             raise InputError(f"{bundle.path}: no {TOKENIZER} in the bundle, so text cannot be read; pass --prompt-ids")
+        bos = bundle.manifest.model.bos_token_id
+        return Tokenizer.parse(path.read_bytes(), bos, f"{path}: not a tokenizer", "export the bundle again")
+
+    @staticmethod
+    def parse(data: bytes, bos_token_id: int | None, complaint: str, remedy: str) -> "Tokenizer":
+        """Read a `tokenizer.json`.
+
+        Args:
+            complaint, remedy: what an error says before and after the library's own words.
+        Raises: InputError if it cannot be read.
+        """
         try:
-            library = tokenizers.Tokenizer.from_file(str(path))
+            library = tokenizers.Tokenizer.from_buffer(data)
         except Exception as exc:  # the library raises plain Exception
-            raise InputError(f"{path}: not a tokenizer ({exc}); export the bundle again") from exc
-        return Tokenizer(library, bundle.manifest.model.bos_token_id)
+            raise InputError(f"{complaint} ({exc}); {remedy}") from exc
+        return Tokenizer(library, bos_token_id)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Turn text into ids.
@@ -74,7 +88,7 @@ class Tokenizer:
             raise InputError("the text is not valid Unicode; pass it as UTF-8") from exc
         ids = list(encoding.ids)
         # The mask is 1 for what the tokenizer added, 0 for what stood in the text.
-        if encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1] == self._bos_token_id:
+        if encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1] == self.bos_token_id:
             return ids[1:]
         return ids
 

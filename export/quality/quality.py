@@ -18,6 +18,7 @@ from galerne.export.quality.thresholds import Thresholds
 from galerne.progress import Task
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.model import Model
+from galerne.runtime.tokenizer import Tokenizer
 
 DEFAULT_TOKENS, DEFAULT_LENGTH = 4096, 512
 # Logits of one pass of the reference, which reads all weights anew where they are more than it may hold.
@@ -52,7 +53,7 @@ def measure(
         raise InputError(f"--length {length}: expected from 2 to --tokens, which is {tokens}")
     if limit is not None and length > limit:
         raise InputError(f"--length {length}: the bundle's longest context is {limit}")
-    fed = sequences(bundle, text, length, tokens)
+    fed = sequences(Tokenizer.open(bundle), text, length, tokens)
     source = StreamedModel(checkpoint)
     model = bundle.manifest.model
     if source.model.config.vocab_size != model.vocab_size:

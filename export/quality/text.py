@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from galerne.errors import InputError
-from galerne.runtime.bundle import Bundle
 from galerne.runtime.tokenizer import Tokenizer
 
 Int64 = npt.NDArray[np.int64]
@@ -15,36 +14,47 @@ Int64 = npt.NDArray[np.int64]
 FEWEST_TOKENS = 256
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, option: str = "--text", fewest: int = FEWEST_TOKENS) -> str:
     """Return a file's text.
 
+    Args:
+        option: that named the file, for messages. fewest: how many tokens it should have, for messages.
     Raises: InputError if it cannot be read, is not UTF-8, or holds nothing but space.
     """
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise InputError(f"--text {path}: not UTF-8 at byte {exc.start}") from exc
+        raise InputError(f"{option} {path}: not UTF-8 at byte {exc.start}") from exc
     except OSError as exc:
-        raise InputError(f"--text {path}: {exc.strerror}") from exc
+        raise InputError(f"{option} {path}: {exc.strerror}") from exc
     if not text.strip():
-        raise InputError(f"--text {path}: empty; expected text of at least {FEWEST_TOKENS} tokens")
+        raise InputError(f"{option} {path}: empty; expected text of at least {fewest} tokens")
     return text
 
 
-def sequences(bundle: Bundle, path: Path, length: int, tokens: int) -> Int64:
+def sequences(
+    tokenizer: Tokenizer,
+    path: Path,
+    length: int,
+    tokens: int,
+    *,
+    option: str = "--text",
+    fewest: int = FEWEST_TOKENS,
+) -> Int64:
     """Cut a file's text into sequences of the same length, spread evenly over it, each with the BOS token where there is one.
 
     Args:
         length: of a sequence. Text of fewer tokens gives one shorter sequence.
         tokens: at most how many there are in all sequences together.
+        option: that named the file, for messages.
+        fewest: how many tokens the text must have.
     Returns: [sequences, length] int64.
-    Raises: InputError as `read_text`, or if the text has fewer than FEWEST_TOKENS tokens.
+    Raises: InputError as `read_text`, or if the text has fewer than `fewest` tokens.
     """
-    ids = Tokenizer.open(bundle).encode(read_text(path))
-    if len(ids) < FEWEST_TOKENS:
-        raise InputError(f"--text {path}: {len(ids)} tokens; expected at least {FEWEST_TOKENS}")
-    bos = bundle.manifest.model.bos_token_id
-    begins = ids[:1] if ids[0] == bos else []
+    ids = tokenizer.encode(read_text(path, option, fewest))
+    if len(ids) < fewest:
+        raise InputError(f"{option} {path}: {len(ids)} tokens; expected at least {fewest}")
+    begins = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     body = np.array(ids[len(begins) :], np.int64)
     part = min(length - len(begins), len(body))
     count = max(1, min(len(body) // part, tokens // length))

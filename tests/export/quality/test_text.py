@@ -26,16 +26,16 @@ def test_unfit_text_is_refused(tiny_bundle: Bundle, tmp_path: Path, data: bytes,
     file = tmp_path / "text.txt"
     file.write_bytes(data)
     with pytest.raises(InputError, match=f"--text .*text.txt: {message}"):
-        sequences(tiny_bundle, file, 64, 512)
+        sequences(Tokenizer.open(tiny_bundle), file, 64, 512)
 
 
 def test_a_missing_file_is_named(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--text .*none.txt: No such file"):
-        sequences(tiny_bundle, tmp_path / "none.txt", 64, 512)
+        sequences(Tokenizer.open(tiny_bundle), tmp_path / "none.txt", 64, 512)
 
 
 def test_sequences_begin_with_bos_and_lie_in_the_text(tiny_bundle: Bundle) -> None:
-    cut = sequences(tiny_bundle, HELD_OUT, 64, 500)
+    cut = sequences(Tokenizer.open(tiny_bundle), HELD_OUT, 64, 500)
     ids = np.array(Tokenizer.open(tiny_bundle).encode(read_text(HELD_OUT)))
     assert cut.shape == (500 // 64, 64)
     assert (cut[:, 0] == tiny_bundle.manifest.model.bos_token_id).all()
@@ -47,4 +47,4 @@ def test_short_text_is_one_sequence(tiny_bundle: Bundle, tmp_path: Path) -> None
     file = tmp_path / "text.txt"
     file.write_text(HELD_OUT.read_text()[:1200])
     ids = Tokenizer.open(tiny_bundle).encode(file.read_text())
-    assert sequences(tiny_bundle, file, 5000, 10_000).tolist() == [ids]
+    assert sequences(Tokenizer.open(tiny_bundle), file, 5000, 10_000).tolist() == [ids]
