@@ -7,7 +7,7 @@ Float32 = npt.NDArray[np.float32]
 Float16 = npt.NDArray[np.float16]
 Int8 = npt.NDArray[np.int8]
 
-_LEVELS = {4: (-8, 7), 8: (-127, 127)}
+LEVELS = {4: (-8, 7), 8: (-127, 127)}
 
 
 def quantize(weight: Float32, bits: int, block: int) -> tuple[Int8, Float16]:
@@ -30,7 +30,7 @@ def scales_of(weight: Float32, bits: int, block: int) -> Float16:
     A block of zeros has the scale 1; one that holds NaN, infinity or a value too large for float16 has a scale that is not
     finite.
     """
-    low, high = _LEVELS[bits]
+    low, high = LEVELS[bits]
     blocks = weight.reshape(weight.shape[0], -1, block)
     with np.errstate(over="ignore", invalid="ignore"):
         scale: Float16 = np.maximum(blocks.max(axis=-1) / high, blocks.min(axis=-1) / low).astype(np.float16)
@@ -40,7 +40,7 @@ def scales_of(weight: Float32, bits: int, block: int) -> Float16:
 
 def round_to(weight: Float32, scale: Float16, bits: int) -> Int8:
     """Return the values that come nearest to a weight [out, in] with given scales [out, blocks], all finite."""
-    low, high = _LEVELS[bits]
+    low, high = LEVELS[bits]
     # The values are found with the scale as it is stored, in float16, so that its rounding does not add to theirs.
     values = weight.reshape(*scale.shape, -1) * np.reciprocal(scale.astype(np.float32))[..., None]
     np.rint(values, out=values)

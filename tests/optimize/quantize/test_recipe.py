@@ -33,7 +33,11 @@ def test_own_recipe_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"int4"', '"int3"', "weights: dtype: expected one of float32, float16, bfloat16, int8, int4, float8e4m3fn, found 'int3'"),
+        (
+            '"int4"',
+            '"int3"',
+            "weights: dtype: expected one of float32, float16, bfloat16, int8, int4, float8e4m3fn, found 'int3'",
+        ),
         ("block_size = 64", "block_size = 48", "weights: block_size: expected"),
         (", block_size = 64", "", "weights: block_size goes with dtype int4"),
         ('"int8" }', '"int8", block_size = 32 }', "lm_head: block_size goes with dtype int4"),
