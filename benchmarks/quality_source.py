@@ -15,6 +15,7 @@ from galerne.export.quality.quality import source_logits
 from galerne.export.quality.text import sequences
 from galerne.optimize.quantize.recipe import Calibration
 from galerne.runtime.bundle import Bundle
+from galerne.runtime.tokenizer import Tokenizer
 
 IDS, CALIBRATION, LOGITS = "ids.npy", "calibration.npy", "logits.npy"
 
@@ -31,10 +32,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, required=True)
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    ids = sequences(bundle, args.text, args.length, args.tokens)
+    tokenizer = Tokenizer.open(bundle)
+    ids = sequences(tokenizer, args.text, args.length, args.tokens)
     np.save(args.out / IDS, ids)
     amount = Calibration()
-    np.save(args.out / CALIBRATION, sequences(bundle, args.calibration, amount.length, amount.tokens))
+    np.save(args.out / CALIBRATION, sequences(tokenizer, args.calibration, amount.length, amount.tokens))
     staging = args.out / f".{LOGITS}"
     vocab_size = bundle.manifest.model.vocab_size
     logits = np.lib.format.open_memmap(staging, "w+", np.float32, (*ids.shape, vocab_size))
