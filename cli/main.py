@@ -19,6 +19,7 @@ from galerne.cli import (
     inspect,
     package,
     quality,
+    quantize,
     synth,
     targets,
     verify,
@@ -38,6 +39,7 @@ app = typer.Typer(
 _COMMANDS = (
     demo,
     export,
+    quantize,
     verify,
     quality,
     check,

@@ -65,8 +65,8 @@ def export(
         matches no weight, or `out` cannot be written.
     """
     check_recipe(checkpoint, recipe)
-    spec = read_spec(checkpoint.config, _config_name(checkpoint))
-    _check_tensors(spec, checkpoint)
+    spec = read_spec(checkpoint.config, config_name(checkpoint))
+    check_tensors(spec, checkpoint)
     check_overrides(recipe, weight_names(model_facts(spec)), str(checkpoint.path))
     facts = graph_facts(spec, recipe, chunk, max_context, dialect)
     tokenizer = checkpoint.tokenizer_files()  # before the weights: what is wrong with it shall show at once
@@ -143,8 +143,11 @@ def graph_facts(
     return GraphFacts(dialect, opset, recipe.compute, chunk, capacities, max_context)
 
 
-def _check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
-    """Hold the checkpoint's tensors against the module's parameters, before anything is written."""
+def check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:
+    """Hold the checkpoint's tensors against the decoder's parameters.
+
+    Raises: InputError if one is missing, has another shape, or is none of the decoder's.
+    """
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in Decoder(spec).named_parameters()}
     found = checkpoint.shapes()
@@ -172,6 +175,7 @@ def _harmless(spec: DecoderSpec, checkpoint: Checkpoint) -> set[str]:
     return tied | zeros | {name for name in names if name.endswith(".rotary_emb.inv_freq")}
 
 
-def _config_name(checkpoint: Checkpoint) -> str:
+def config_name(checkpoint: Checkpoint) -> str:
+    """Return the file that a checkpoint's config is read from, for messages."""
     names = {"safetensors": "config.json", "consolidated": "params.json"}
     return str(checkpoint.path / names[checkpoint.format] if checkpoint.format in names else checkpoint.path)

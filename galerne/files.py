@@ -114,6 +114,68 @@ def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
             os.close(lock)
 
 
+@contextmanager
+def resumable_folder(destination: Path, key_name: str, key: bytes) -> Iterator[Path]:
+    """Yield a folder beside `destination` that takes its place when the block ends well, and stays as it is when it does not.
+
+    A later run with the same key finds the folder as it was left and goes on in it; with another key it starts afresh.
+
+    Args:
+        key_name, key: a file of the folder, and what it holds: what the run is made from.
+    Raises: InputError if `destination` exists, its parent does not, or another run is at work there; BackendError if the disk is
+        full.
+    """
+    if destination.exists():
+        raise InputError(f"{destination}: already exists; choose another output folder or remove it")
+    if not destination.parent.is_dir():
+        raise InputError(f"{destination.parent}: no such folder; create it first")
+    folder = work_folder(destination)
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = _locked_alone(folder)
+    except OSError as exc:
+        raise InputError(f"{destination.parent}: cannot write there ({exc.strerror})") from exc
+    try:
+        if not (folder / key_name).is_file() or read_file(folder / key_name) != key:
+            if any(folder.iterdir()):
+                say(f"{folder}: left by a run on other input, by another recipe or another version; starting afresh")
+                for entry in folder.iterdir():
+                    entry.unlink()
+            write_atomic(folder / key_name, key)
+        yield folder
+        os.rename(folder, destination)
+    except OSError as exc:
+        if exc.errno == errno.ENOSPC:
+            raise BackendError(
+                f"{folder}: no space left on its disk; what is done is kept, so make room and run the same command again"
+            ) from exc
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_alone(folder: Path) -> int | None:
+    """Lock a folder; None where the system or the file system knows no locks. Raises: InputError if another process has it."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        os.close(handle)
+        raise InputError(f"{folder}: another run is at work there; wait for it or end it") from exc
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def work_folder(destination: Path) -> Path:
+    """Return where `resumable_folder` works."""
+    return destination.with_name(f"{destination.name}.unfinished")
+
+
 def _staging_prefix(destination: Path) -> str:
     return f".{destination.name}.staging-"
 

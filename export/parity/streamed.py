@@ -48,33 +48,45 @@ class StreamedModel:
     substitute: gives other weights in place of the checkpoint's by a parameter's name, or None where it has none.
     """
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        adapter: Path | None = None,
+        *,
+        substitute: Callable[[str], Tensor | None] | None = None,
+    ) -> None:
         """Open a checkpoint.
 
         Args:
             adapter: the folder of a LoRA adapter whose products are added to the rounded weights; those of an
                 `AdaptedCheckpoint` are there before the rounding.
+            substitute: gives every weight from the start, so that the checkpoint's files are not opened here and none is kept.
         Raises: InputError if transformers cannot load it.
         """
         self._products = {} if adapter is None else adapter_products(adapter)
+        self._weights: _Weights = _Held({})
         try:
             with _quiet():
-                self._weights, config = _open(checkpoint)
+                if substitute is None:
+                    self._weights, config = _open(checkpoint)
+                else:
+                    config = AutoConfig.for_model(**checkpoint.config)
                 with torch.device("meta"):
                     self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                         config, dtype=torch.float32, attn_implementation=_ATTENTION, experts_implementation="eager"
                     )
                 names = {self._stored(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
-                if not names <= self._weights.names():
+                if substitute is None and not names <= self._weights.names():
                     self._weights = _loaded(checkpoint)
                 self._fill_buffers()
         except Exception as exc:
             raise InputError(f"{checkpoint.path}: transformers cannot load it ({one_line(exc)})") from exc
         self.model.eval()
         self._rounding: AnyRecipe | None = None
-        self._substitute: Callable[[str], Tensor | None] | None = None
+        self._substitute = substitute
         self._kept: dict[str, nn.Parameter] = {}
-        self._keep = sum(4 * math.prod(parameter.shape) for parameter in self.model.parameters()) <= _KEEP_BYTES
+        size = sum(4 * math.prod(parameter.shape) for parameter in self.model.parameters())
+        self._keep = substitute is None and size <= _KEEP_BYTES
         for path, module in self.model.named_modules():
             if any(parameter is not None for parameter in module._parameters.values()):
                 module.register_forward_pre_hook(partial(self._read_into, path))

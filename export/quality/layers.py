@@ -33,7 +33,7 @@ def layer_errors(streamed: StreamedModel, weights: BundleWeights, ids: Int64) ->
         ids: [S] int64.
     """
     tokens = torch.from_numpy(ids[None].copy())
-    layers = _decoder_layers(streamed.model)
+    layers = decoder_layers(streamed.model)
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Tensor] = []
     hooks = [layer.register_forward_hook(partial(_keep, inputs, outputs), with_kwargs=True) for layer in layers]
@@ -58,7 +58,8 @@ def layer_errors(streamed: StreamedModel, weights: BundleWeights, ids: Int64) ->
     return tuple(found)
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of a model of transformers, in their order."""
     layers = model.get_submodule("model.layers")
     assert isinstance(layers, nn.ModuleList)
     return list(layers)

@@ -1,0 +1,39 @@
+"""What a quantized folder says of how it was made: `galerne.json`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from galerne.runtime.manifest import Source
+
+RECORD = "galerne.json"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The calibration text: its file's name and hash, and what was taken of it."""
+
+    name: str
+    sha256: str
+    tokens: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a folder was quantized. Two runs with the same record write the same weights.
+
+    recipe: its name, or its file's; resolved: the recipe as its TOML file reads.
+    source: the checkpoint that was quantized.
+    """
+
+    schema_version: int
+    galerne_version: str
+    recipe: str
+    resolved: dict[str, Any]
+    source: Source
+    text: TextFacts
+
+    def summary(self) -> str:
+        """Return a line for the manifest of a bundle."""
+        return f"{self.recipe}, calibrated on {self.text.tokens} tokens of {self.text.name}"

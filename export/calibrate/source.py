@@ -1,0 +1,62 @@
+"""A checkpoint's weights for a streamed model, with those of one decoder layer held, and replaced as they are rounded."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.export.tiles import is_finite, widen
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def layer_prefix(number: int) -> str:
+    """Return what the names of a decoder layer's tensors begin with."""
+    return f"model.layers.{number}."
+
+
+class LayerWeights:
+    """Gives `StreamedModel` every weight in float32. Only the current layer's stay in memory.
+
+    changed: the current layer's tensors that `replace` changed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, tied: bool) -> None:
+        """Prepare. `tied`: whether the vocabulary projection is the embedding table."""
+        self._checkpoint, self.tied = checkpoint, tied
+        self._prefix = ""
+        self._held: dict[str, Tensor] = {}
+        self.changed: set[str] = set()
+
+    def enter(self, number: int) -> None:
+        """Let go of the layer before and hold what is read of this one."""
+        self._held.clear()
+        self.changed.clear()
+        self._prefix = layer_prefix(number)
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a weight as it is now. Raises: InputError if it holds NaN or infinity."""
+        found = self._held.get(name)
+        if found is None:
+            found = self.read(name)
+            if self._prefix and name.startswith(self._prefix):
+                self._held[name] = found
+        return found
+
+    def replace(self, name: str, value: Tensor) -> None:
+        """Put another weight in the place of one of the current layer."""
+        assert name.startswith(self._prefix)
+        self._held[name] = value
+        self.changed.add(name)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as the checkpoint has it, in float32."""
+        if name == HEAD and self.tied:
+            name = TABLE
+        values = self._checkpoint.read(name)
+        if not is_finite(np.ascontiguousarray(values)):
+            raise InputError(f"{self._checkpoint.path}: {name}: holds NaN or infinity; the checkpoint is damaged")
+        wide = torch.from_numpy(widen(values))
+        self._checkpoint.release(name)
+        return wide
