@@ -20,6 +20,7 @@ from galerne.cli import (
     package,
     quality,
     quantize,
+    recipe,
     synth,
     targets,
     verify,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     demo,
+    recipe,
     export,
     quantize,
     verify,
