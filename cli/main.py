@@ -39,8 +39,8 @@ app = typer.Typer(
 )
 _COMMANDS = (
     demo,
-    recipe,
     export,
+    recipe,
     quantize,
     verify,
     quality,

