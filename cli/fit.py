@@ -1,22 +1,18 @@
 """`galerne fit`: whether a model fits a device, and how fast it can run there at most."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from galerne.cli.export import Precision
-from galerne.cli.output import Json, emit, size, table
+from galerne.cli.output import Json, emit, parse_bytes, size, table
 from galerne.errors import CheckFailed, InputError
 from galerne.progress import say
 
 if TYPE_CHECKING:
     from galerne.optimize.fit.choice import Assessment, Case
     from galerne.optimize.quantize.recipe import AnyRecipe
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-_DEFAULT_CONTEXT = 4096
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +55,7 @@ def fit(
         kind_of(plot)  # before the work
     if precision is not None and recipe is not None:
         raise InputError("--precision and --recipe: give one of them")
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    budget = None if memory_budget is None else parse_bytes("--memory-budget", memory_budget)
     case, own, own_name = _case(source, target, stack, context, batch, budget)
     name = recipe if recipe is not None else PRECISIONS[precision] if precision is not None else None
     result = assess(case, own, own_name) if name is None else assess(case, load(name), name)
@@ -76,22 +72,11 @@ def fit(
         )
 
 
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes: plain, or with a unit of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
-
-    Raises: InputError if it is none.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise InputError(f"--memory-budget: expected a number of bytes such as 6GB, 6GiB or 6000000000, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
 def _case(
     source: str, target: str, stack: str | None, context: int | None, batch: int, budget: int | None
 ) -> "tuple[Case, AnyRecipe | None, str | None]":
     """Return what is asked about, and the bundle's own recipe with a name for it."""
-    from galerne.optimize.fit.choice import Case
+    from galerne.optimize.fit.choice import DEFAULT_CONTEXT, Case
     from galerne.optimize.quantize.recipe import load, names, read_resolved
     from galerne.runtime.bundle import MANIFEST, Bundle
     from galerne.targets.target import load as load_target
@@ -103,7 +88,7 @@ def _case(
         facts, graph = bundle.manifest.model, bundle.manifest.graph
         own = read_resolved(bundle.manifest.recipe, f"{Path(source) / MANIFEST}: recipe")
         named = next((name for name in names() if load(name).resolved() == own.resolved()), "its own recipe")
-        asked = context if context is not None else min(_DEFAULT_CONTEXT, graph.max_context or _DEFAULT_CONTEXT)
+        asked = context if context is not None else min(DEFAULT_CONTEXT, graph.max_context or DEFAULT_CONTEXT)
         fixed = used.backend != "onnxruntime"  # there the runtime grows them
         case = Case(source, facts, chosen, used, asked, batch, graph.chunk, graph.max_context, budget, fixed)
         return case, own, named
@@ -111,7 +96,7 @@ def _case(
     from galerne.export.facts import read_facts
 
     facts, longest = read_facts(source)
-    asked = context if context is not None else min(_DEFAULT_CONTEXT, longest or _DEFAULT_CONTEXT)
+    asked = context if context is not None else min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     return Case(source, facts, chosen, used, asked, batch, DEFAULT_CHUNK, longest, budget), None, None
 
 

@@ -20,6 +20,7 @@ from galerne.cli import (
     package,
     quality,
     quantize,
+    recipe,
     synth,
     targets,
     verify,
@@ -39,6 +40,7 @@ app = typer.Typer(
 _COMMANDS = (
     demo,
     export,
+    recipe,
     quantize,
     verify,
     quality,

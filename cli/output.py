@@ -1,11 +1,16 @@
 """What the subcommands share: their options' forms, and the way to stdout."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from galerne.errors import InputError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
@@ -65,3 +70,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Read an option's number of bytes: plain, or with a unit of 1000 (kB, MB, GB) or of 1024 (KiB, MiB, GiB).
+
+    Raises: InputError if it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise InputError(f"{option}: expected a number of bytes such as 6GB, 6GiB or 6000000000, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

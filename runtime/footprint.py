@@ -1,8 +1,8 @@
 """How many bytes a model's weights and its cache take, and how many of them a step reads."""
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ _BLOCK_SIZES = (128, 64, 32)
 _NORM_BYTES = 4
 _ROUTER = ".gate.weight"
 HEAD = "lm_head.weight"
+_WILDCARD = re.compile(r"[*?[]")
 
 T = TypeVar("T")
 
@@ -165,26 +166,30 @@ def head_product(model: ModelFacts) -> Product:
     return Product(model.hidden_size, ((HEAD, model.vocab_size),))
 
 
-@cache
 def all_products(model: ModelFacts) -> tuple[Product, ...]:
     """Return every product of a model."""
     layers = [product for layer in range(model.num_hidden_layers) for product in layer_products(model, layer)]
     return (*layers, head_product(model))
 
 
-@cache
 def weight_names(model: ModelFacts) -> tuple[str, ...]:
     """Return the names in the checkpoint of the weights that a recipe gives a form, so without routers."""
     names = (name for product in all_products(model) for name, _ in product.parts)
     return tuple(name for name in names if not name.endswith(_ROUTER))
 
 
-@cache
 def stored_products(model: ModelFacts, forms: Forms) -> tuple[StoredProduct, ...]:
     """Return every product's weight as a bundle stores it: parts of one form that follow each other are one."""
     found = []
+    # What a pattern begins with, up to its first wildcard, rules out most names of a large model at once.
+    begins = [(_WILDCARD.split(pattern, maxsplit=1)[0], (pattern, form)) for pattern, form in forms.overrides]
+
+    def form_of(part: tuple[str, int]) -> Form:
+        near = tuple(override for start, override in begins if part[0].startswith(start))
+        return forms._replace(overrides=near).form_for(part[0])
+
     for product in all_products(model):
-        for form, run in groupby(product.parts, key=lambda part: forms.form_for(part[0])):
+        for form, run in groupby(product.parts, key=form_of):
             found.append(StoredProduct(form, product.rows, sum(columns for _, columns in run)))
     return tuple(found)
 

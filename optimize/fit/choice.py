@@ -15,6 +15,8 @@ from galerne.runtime.footprint import decode_weight_bytes, forms_of
 from galerne.runtime.manifest import ModelFacts
 from galerne.targets.target import Stack, Target
 
+# Tokens that are asked about where nobody says.
+DEFAULT_CONTEXT = 4096
 _MOST_ROWS = 1 << 16
 # Checkpoints are published in 16 bits: float32 keeps no more of them.
 _WIDEST_BYTES = 2

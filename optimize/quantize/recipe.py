@@ -75,7 +75,7 @@ class WeightFormat(StoredFormat):
 class Override:
     """Another format for some weights.
 
-    match: a pattern over a weight's name in the checkpoint, as in "model.layers.0.*.down_proj.weight"; * and ? as in a shell.
+    match: a pattern over a weight's name in the checkpoint, as in "model.layers.0.*.down_proj.weight"; *, ? and [] as in a shell.
     """
 
     match: str

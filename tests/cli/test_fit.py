@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from galerne.cli import main
-from galerne.cli.fit import parse_bytes
+from galerne.cli.output import parse_bytes
 from galerne.errors import InputError
 from galerne.export.preset import preset_config
 from galerne.runtime.bundle import Bundle
@@ -138,10 +138,10 @@ def test_a_config_that_cannot_be_read_is_one_line(content: str, part: str, tmp_p
     [("6GB", 6 * 10**9), ("6 GiB", 6 << 30), ("1.5gb", 1_500_000_000), ("123", 123), ("512MiB", 512 << 20), ("7b", 7)],
 )
 def test_budgets(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
+    assert parse_bytes("--memory-budget", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-6GB", "6XB", "6GBs", "1e9", "nan"])
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="--memory-budget"):
-        parse_bytes(text)
+        parse_bytes("--memory-budget", text)
