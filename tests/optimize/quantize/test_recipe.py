@@ -91,7 +91,7 @@ def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('"gptq"', '"best"', "method: expected one of nearest, search, gptq, awq, found 'best'"),
-        ('weights = { dtype = "int8"', 'weights = { dtype = "float16"', "method: gptq rounds int4 or int8; found"),
+        ('weights = { dtype = "int8"', 'weights = { dtype = "float16"', "activations: expected quantized weights beside them"),
         ('"int8"\nsmoothing', '"int4"\nsmoothing', "activations: expected one of int8, float8e4m3fn"),
         ('activations = "int8"\n', "", "smoothing: .* there are no activations"),
         ("0.5", "1.5", "smoothing: expected 0 to 1, found 1.5"),
