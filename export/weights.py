@@ -25,7 +25,7 @@ from galerne.optimize.graph.weights import Weight
 from galerne.optimize.quantize.qdq import insert_dequantize
 from galerne.optimize.quantize.recipe import AnyRecipe, WeightFormat
 from galerne.optimize.quantize.rounding import Float16, Float32, dequantize, pack_int4, round_to
-from galerne.optimize.quantize.search import SCALES
+from galerne.optimize.quantize.search import scales_by
 from galerne.parallel import ordered
 from galerne.runtime.manifest import FileEntry
 
@@ -185,7 +185,7 @@ def _quantized(
     weight = sources.weight
     (rows, columns), bits = weight.shape, form.bits
     assert bits is not None
-    block, find = form.block_for(rows, weight.name), SCALES[recipe.method]
+    block, find = form.block_for(rows, weight.name), scales_by(recipe.method, bits)
     stored, groups = (ir.DataType.INT4, block) if bits == 4 else (ir.DataType.INT8, None)
     values, scale = insert_dequantize(model.graph, value, stored, groups, FloatTypes[recipe.compute])
     scales = np.empty((rows // block, columns), np.float16)
@@ -295,7 +295,7 @@ def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe, first: int 
         return tensor.to(getattr(torch, form.dtype)).float()
     block = form.block_for(tensor.shape[1], name)
     weight = tensor.numpy()
-    scale = SCALES[recipe.method](weight, form.bits, block)
+    scale = scales_by(recipe.method, form.bits)(weight, form.bits, block)
     return torch.from_numpy(dequantize(round_to(weight, scale, form.bits), scale))
 
 

@@ -18,7 +18,7 @@ from galerne.export.export import export
 from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.optimize.quantize import recipe
 from galerne.optimize.quantize.rounding import dequantize, round_to
-from galerne.optimize.quantize.search import SCALES
+from galerne.optimize.quantize.search import scales_by
 from galerne.runtime.bundle import GRAPH, Bundle
 
 Bundles = Callable[[str], Bundle]
@@ -56,7 +56,7 @@ def test_rounded_weights_are_those_of_the_whole_weight(bundle_of: Bundles, check
         weight = source.read(f"model.layers.1.{module}.weight").astype(np.float32)
         bits = own.weights.bits
         assert bits is not None
-        scale = SCALES[own.method](weight, bits, own.weights.block_for(weight.shape[1], name))
+        scale = scales_by(own.method, bits)(weight, bits, own.weights.block_for(weight.shape[1], name))
         found = stored.parameter(f"model.layers.1.{module}.weight", {f"model.layers.1.{module}.weight": weight.shape})
         assert found is not None and np.array_equal(found.numpy(), dequantize(round_to(weight, scale, bits), scale))
 
