@@ -1,5 +1,7 @@
 """Scales that are searched for: those that leave the least error of the rounded weights, and may clip the outermost."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from galerne.optimize.quantize.rounding import LEVELS, Float16, Float32, scales_of
@@ -59,3 +61,12 @@ def _search(tile: Float32, bits: int, counts: Float32 | None) -> Float16:
             np.copyto(least, total, where=better)
             np.copyto(best, tried, where=better)
     return best
+
+
+def scales_by(method: str, bits: int) -> Callable[[Float32, int, int], Float16]:
+    """Return what finds the scales of a weight (weight [out, in], bits, block) by a method that needs no text.
+
+    At 8 bits every method takes the smallest that clip nothing: clipping costs more there than finer steps gain.
+    """
+    assert method in ("nearest", "search"), method
+    return searched_scales if method == "search" and bits == 4 else scales_of

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from galerne.optimize.quantize import search as module
 from galerne.optimize.quantize.rounding import dequantize, quantize, round_to, scales_of
-from galerne.optimize.quantize.search import searched_scales
+from galerne.optimize.quantize.search import scales_by, searched_scales
 
 
 def weights(rows: int, columns: int, seed: int = 0, degrees: float = 5) -> np.ndarray:
@@ -89,3 +89,8 @@ def test_weights_on_a_grid_are_kept() -> None:
     weight = dequantize(values, np.full((4, 2), 0.125, np.float16))
     assert np.array_equal(round_to(weight, searched_scales(weight, 4, 32), 4), values)
     assert np.array_equal(quantize(weight, 4, 32)[0], values)
+
+
+def test_what_a_method_finds_scales_by() -> None:
+    assert scales_by("search", 4) is searched_scales
+    assert scales_by("nearest", 4) is scales_by("search", 8) is scales_of
