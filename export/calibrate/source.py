@@ -44,6 +44,10 @@ class LayerWeights:
                 self._held[name] = found
         return found
 
+    def has(self, name: str) -> bool:
+        """Return whether the checkpoint has a tensor of this name."""
+        return name in self._checkpoint.shapes()
+
     def replace(self, name: str, value: Tensor) -> None:
         """Put another weight in the place of one of the current layer."""
         assert name.startswith(self._prefix)

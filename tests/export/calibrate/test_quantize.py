@@ -42,9 +42,11 @@ def test_transformers_reads_it_as_the_reference_does(family: str, quantized_of: 
     assert (found - logits(folder, ids)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_export_and_verify_take_it(family: str, quantized_of: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(quantized_of(family))
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "awq") for family in FAMILIES), ("mistral", "gptq"), ("mistral", "search")]
+)
+def test_export_and_verify_take_it(family: str, method: str, quantized_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(quantized_of(family, method))
     bundle = export(checkpoint, choose_recipe(checkpoint, None, None), tmp_path / "bundle", chunk=8)
     assert bundle.manifest.recipe["weights"] == {"dtype": "int4", "block_size": 32}
     assert bundle.manifest.recipe["lm_head"]["dtype"] == "int8"
@@ -64,7 +66,9 @@ def test_calibration_loses_less_than_rounding_to_nearest(make_recipe: Callable[.
         found = torch.log_softmax(logits(made, ids), -1)
         return float((source.exp() * (source - found)).sum(-1).mean())
 
-    assert divergence("gptq") < 0.6 * divergence("nearest")
+    nearest = divergence("nearest")
+    assert divergence("gptq") < 0.6 * nearest
+    assert divergence("awq") < nearest
 
 
 def test_everything_but_the_products_is_as_in_the_source(
