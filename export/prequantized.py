@@ -15,7 +15,8 @@ _HEAD = "lm_head.weight"
 def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | None) -> AnyRecipe:
     """Return the recipe for a checkpoint: what it was quantized to, or else what was asked for, or else fp16.
 
-    Raises: InputError if both were asked for, there is no such recipe, or the checkpoint is quantized and one was asked for.
+    Raises: InputError if both were asked for, there is no such recipe, it needs calibration text, or the checkpoint is quantized
+        and one was asked for.
     """
     if precision is not None and recipe is not None:
         raise InputError("--precision and --recipe: give one of them")
@@ -26,7 +27,13 @@ def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | N
                 f"{checkpoint.path}: quantized already with {checkpoint.quantization}, and kept as it is; leave {asked} out"
             )
         return checkpoint_recipe(checkpoint)
-    return load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    chosen = load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    if chosen.calibrated:
+        raise InputError(
+            f"--recipe {recipe}: needs calibration text: galerne quantize {checkpoint.path} --recipe {recipe} --calibration TEXT "
+            "--out FOLDER, then galerne export FOLDER --out BUNDLE"
+        )
+    return chosen
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: AnyRecipe) -> None:

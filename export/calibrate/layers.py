@@ -66,7 +66,7 @@ class Layers:
             return hidden_states
 
         for number, layer in enumerate(self.modules):
-            layer.forward = partial(pass_on, number)  # type: ignore[method-assign]
+            layer.forward = partial(pass_on, number)
         try:
             self.model.get_submodule("model")(torch.from_numpy(ids[None].copy()), use_cache=False)
         finally:
@@ -191,7 +191,7 @@ class LayerRun:
             result = product(torch.from_numpy(np.array(kept[self._sequence][None])))
             return (result, *[None] * (group.in_tuple - 1)) if group.in_tuple else result
 
-        closes.forward = forward  # type: ignore[method-assign]
+        closes.forward = forward
         self._replaced.append(closes)
 
 

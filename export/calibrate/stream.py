@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from galerne.errors import InputError
 from galerne.export.calibrate.compressed import Scheme, tensors_of
-from galerne.export.calibrate.folder import QuantizedFolder, as_stored
 from galerne.export.calibrate.fold import bounded, divide, fold_of
+from galerne.export.calibrate.folder import QuantizedFolder, as_stored
 from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
 from galerne.export.calibrate.rounded import LARGEST, RoundedWeight, round_weight, uses_hessian
 from galerne.export.calibrate.source import HEAD, LayerWeights, layer_prefix

@@ -40,7 +40,7 @@ def test_a_layer_computes_what_it_did(family: str, rounded_before: bool, family_
     expected = [layers.run(0, states) for states in hidden]
     run, folded = LayerRun(layers, 0, hidden, lambda _, shape: np.empty(shape, np.float32)), 0
     for group in groups:
-        width = [x.shape[1] for x in run.inputs(group)][0]
+        width = {x.shape[1] for x in run.inputs(group)}.pop()
         if (fold := fold_of(group, spec)) is None:
             assert group.products == ("self_attn.o_proj",)
             assert family not in ONE_TO_ONE

@@ -29,7 +29,8 @@ FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
 def logits(folder: Path, ids: Tensor) -> Tensor:
     """Return the logits of our reference: transformers with weights that were dequantized from the formats' description."""
     with torch.inference_mode():
-        return StreamedModel(open_checkpoint(folder)).model(ids, use_cache=False).logits
+        found: Tensor = StreamedModel(open_checkpoint(folder)).model(ids, use_cache=False).logits
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +124,14 @@ def test_mistrals_own_layout_gives_the_same_weights(
         parts = [own.get(part, part) for part in name.removeprefix("model.").split(".")]
         tensors[".".join(parts)] = tensor.contiguous()
     save_file(tensors, native / "consolidated.safetensors")
-    params = {"dim": 256, "n_layers": 4, "head_dim": 32, "hidden_dim": 640, "n_heads": 8, "n_kv_heads": 2}
+    params: dict[str, float] = {
+        "dim": 256,
+        "n_layers": 4,
+        "head_dim": 32,
+        "hidden_dim": 640,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+    }
     params |= {"norm_eps": 1e-5, "vocab_size": 2048, "rope_theta": 10000.0, "sliding_window": 128, "max_seq_len": 2048}
     (native / "params.json").write_text(json.dumps(params))
     shutil.copy(TINY / "tokenizer.json", native)
