@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any, cast
 
 from galerne.errors import InputError
+from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
@@ -70,8 +71,10 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     where = f"in blocks of {weights.block_size}" if weights.block_size else "by output channel"
     parts = [f"{weights.dtype} {where}", *(["some otherwise"] if len(forms) > 1 else []), "the rest float16"]
     note = f"; {checkpoint.note}" if checkpoint.note else ""
+    record = read_record(checkpoint.path)
+    by = "" if record is None else f"{record.summary()}: "
     return CheckpointRecipe(
-        f"as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}", "float16", weights, head
+        f"{by}as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}", "float16", weights, head
     )
 
 
