@@ -24,7 +24,8 @@ from galerne.export.tiles import is_finite, narrow, pack_rows, transpose_into, w
 from galerne.optimize.graph.weights import Weight
 from galerne.optimize.quantize.qdq import insert_dequantize
 from galerne.optimize.quantize.recipe import AnyRecipe, WeightFormat
-from galerne.optimize.quantize.rounding import dequantize, pack_int4, quantize, round_to, scales_of
+from galerne.optimize.quantize.rounding import Float16, Float32, dequantize, pack_int4, round_to
+from galerne.optimize.quantize.search import SCALES
 from galerne.parallel import ordered
 from galerne.runtime.manifest import FileEntry
 
@@ -40,6 +41,8 @@ _TILE_ROWS = 64
 _GRAIN = 128
 
 Array = NDArray[Any]
+# Gives the scales of a tile [out, in] for some bits and a block.
+Scales = Callable[[Float32, int, int], Float16]
 FloatTypes = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
@@ -165,7 +168,7 @@ def _weight(
     # Parts of a product are of one form; one that is the embedding's table too goes by its own name.
     form = recipe.format_for(weight.name if len(weight.sources) == 1 else weight.sources[0])
     if weight.role == "linear" and form.bits is not None:
-        yield from _quantized(model, value, sources, form, FloatTypes[recipe.compute], threads)
+        yield from _quantized(model, value, sources, form, recipe, threads)
         return
     assert value.dtype is not None
     dtype = value.dtype.numpy()
@@ -177,24 +180,24 @@ def _weight(
 
 
 def _quantized(
-    model: ir.Model, value: ir.Value, sources: Sources, form: WeightFormat, compute: ir.DataType, threads: int | None
+    model: ir.Model, value: ir.Value, sources: Sources, form: WeightFormat, recipe: AnyRecipe, threads: int | None
 ) -> Iterator[Callable[[], Piece]]:
     weight = sources.weight
     (rows, columns), bits = weight.shape, form.bits
     assert bits is not None
-    block = form.block_for(rows, weight.name)
+    block, find = form.block_for(rows, weight.name), SCALES[recipe.method]
     stored, groups = (ir.DataType.INT4, block) if bits == 4 else (ir.DataType.INT8, None)
-    values, scale = insert_dequantize(model.graph, value, stored, groups, compute)
+    values, scale = insert_dequantize(model.graph, value, stored, groups, FloatTypes[recipe.compute])
     scales = np.empty((rows // block, columns), np.float16)
     if bits == 8:  # one scale for a whole row of the source, so that it must be known before the first band
         parts = sources.parts(_TILE // rows or 1)
-        for _ in ordered((partial(_fill_scales, sources, *part, scales) for part in parts), threads):
+        for _ in ordered((partial(_fill_scales, sources, *part, scales, find) for part in parts), threads):
             pass
     size = (rows * columns * bits + 7) // 8
     for first, last in _bands(weight.shape):
         make = partial(int8_band, sources, first, last, scales)
         if bits == 4:
-            make = partial(int4_band, sources, first, last, block, scales)
+            make = partial(int4_band, sources, first, last, block, scales, find)
         yield partial(_piece, make, (values, size) if first == 0 else None)
     # Handed over now and read at its turn, when every band has filled in its part.
     yield partial(_piece, lambda: scales, (scale, scales.nbytes), weight)
@@ -236,7 +239,7 @@ def _turned(sources: Sources, first: int, last: int, dtype: np.dtype[Any]) -> Ar
     return out
 
 
-def int4_band(sources: Sources, first: int, last: int, block: int, scales: Array) -> Array:
+def int4_band(sources: Sources, first: int, last: int, block: int, scales: Array, find: Scales) -> Array:
     """Return rows [first, last) of an int4 weight [in, out], two values to a byte, and fill in their scales."""
     columns = sources.weight.shape[1]
     even = all(rows % 2 == 0 for rows in sources.rows)  # else two values of one byte come from different tiles
@@ -244,7 +247,7 @@ def int4_band(sources: Sources, first: int, last: int, block: int, scales: Array
     for column, name, rows in sources.parts(_tile_rows(last - first)):
         tile = rows[:, first:last]
         wide = widen(tile)
-        scale = scales_of(wide, 4, block)
+        scale = find(wide, 4, block)
         sources.check(scale, name, tile)
         scales[first // block : last // block, column : column + len(rows)] = scale.T
         if even:
@@ -263,8 +266,8 @@ def int8_band(sources: Sources, first: int, last: int, scales: Array) -> Array:
     return out
 
 
-def _fill_scales(sources: Sources, offset: int, name: str, rows: Array, scales: Array) -> None:
-    scale = scales_of(widen(rows), 8, rows.shape[1])
+def _fill_scales(sources: Sources, offset: int, name: str, rows: Array, scales: Array, find: Scales) -> None:
+    scale = find(widen(rows), 8, rows.shape[1])
     sources.check(scale, name, rows)
     scales[0, offset : offset + len(rows)] = scale[:, 0]
 
@@ -291,7 +294,9 @@ def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe, first: int 
     if form.bits is None:
         return tensor.to(getattr(torch, form.dtype)).float()
     block = form.block_for(tensor.shape[1], name)
-    return torch.from_numpy(dequantize(*quantize(tensor.numpy(), form.bits, block)))
+    weight = tensor.numpy()
+    scale = SCALES[recipe.method](weight, form.bits, block)
+    return torch.from_numpy(dequantize(round_to(weight, scale, form.bits), scale))
 
 
 def _rounded_expert(tensor: torch.Tensor, name: str, number: int, recipe: AnyRecipe) -> torch.Tensor:

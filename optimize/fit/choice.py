@@ -68,7 +68,7 @@ class Assessment:
     max_context: the longest context with this batch, which a bundle may have to be exported for; None where any length fits,
         0 where none does.
     max_batch: the most rows at this context; 0 where not even one fits.
-    recipes: all recipes by name, widest first.
+    recipes: those that ship and round to nearest, by name, widest first; others are as large as these.
     best: the widest that fits and has at most 16 bits a weight; None where none fits.
     power_modes: the bound on decoding in each mode of the target.
     """
@@ -133,7 +133,9 @@ def assess(case: Case, recipe: AnyRecipe | None = None, recipe_name: str | None 
     Raises: InputError if a number is below 1 or the context is beyond the longest.
     """
     case.check_context()
-    loaded: dict[str, AnyRecipe] = {name: load(name) for name in names()}
+    shipped = {name: load(name) for name in names()}
+    # How a weight is rounded changes neither its size nor the speed: one recipe stands for all that store it alike.
+    loaded: dict[str, AnyRecipe] = {name: each for name, each in shipped.items() if each.method == "nearest"}
     order = sorted(loaded, key=lambda name: _width(case.model, loaded[name]), reverse=True)
     fits = {name: case.fit(loaded[name]) for name in order}
     best = next((name for name in order if fits[name].fits and _bytes(loaded[name]) <= _WIDEST_BYTES), None)

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from galerne.errors import InputError
-from galerne.optimize.quantize.rounding import Float32, dequantize, quantize
+from galerne.optimize.quantize.rounding import Float32, dequantize, round_to
+from galerne.optimize.quantize.search import searched_scales
 
 # Exponents that are tried; 0 leaves every channel as it is, so that the result is never worse than that.
-ALPHAS = tuple(step / 20 for step in range(20))
+_ALPHAS = tuple(step / 20 for step in range(20))
+# Outputs of a weight that a try is judged by: one exponent is looked for, so that not every one has to be computed.
+_OUTPUTS = 1024
 
 
 def awq_factors(weights: Sequence[Float32], inputs: Float32, bits: int, block: int, *, name: str = "weight") -> Float32:
@@ -34,21 +37,26 @@ def awq_factors(weights: Sequence[Float32], inputs: Float32, bits: int, block: i
             raise InputError(f"{what}: holds NaN or infinity")
         if array.shape[1] % block:
             raise InputError(f"{name}: blocks of {block} do not divide its input axis of {array.shape[1]}")
+    parts = [weight[:: -(-len(weight) // _OUTPUTS)] for weight in weights]
+    mean_square: Float32 = np.square(inputs).mean(axis=0)
+    mean_square += mean_square.mean() * 1e-6 or 1  # a channel without input has an importance, too
     sizes: Float32 = np.abs(inputs).mean(axis=0)
     sizes[sizes == 0] = sizes.mean() or 1
     best, least = np.ones_like(sizes), np.inf
-    for alpha in ALPHAS:
+    for alpha in _ALPHAS:
         factors = sizes ** np.float32(alpha)
         factors /= np.sqrt(factors.max() * factors.min())
-        error = sum(_error(weight, factors, inputs, bits, block) for weight in weights)
+        error = sum(_error(weight, factors, inputs, mean_square, bits, block) for weight in parts)
         if error < least:
             best, least = factors, error
     return best
 
 
-def _error(weight: Float32, factors: Float32, inputs: Float32, bits: int, block: int) -> float:
+def _error(weight: Float32, factors: Float32, inputs: Float32, mean_square: Float32, bits: int, block: int) -> float:
     """Return the squared error of a product's outputs with its weight rounded after the factors."""
-    difference = dequantize(*quantize(weight * factors, bits, block))
+    scaled = weight * factors
+    scale = searched_scales(scaled, bits, block, mean_square / factors**2)
+    difference = dequantize(round_to(scaled, scale, bits), scale)
     difference /= factors
     difference -= weight
     return float(np.square(inputs @ difference.T).sum(dtype=np.float64))

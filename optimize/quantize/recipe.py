@@ -196,7 +196,7 @@ def names() -> list[str]:
 def load(name: str) -> Recipe:
     """Load a recipe by its name or by the path of a TOML file.
 
-    Raises: InputError if there is none of that name, or a key is missing, unknown or of the wrong type.
+    Raises: InputError if there is none of that name, a key is missing, unknown or of the wrong type, or two do not go together.
     """
     if name.endswith(".toml"):
         path = Path(name)
@@ -212,14 +212,47 @@ def load(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InputError(f"{name}: not TOML ({exc})") from exc
     recipe = schema.read(Recipe, tree, name)
+    for number, override in enumerate(recipe.overrides):
+        if not override.match:
+            raise InputError(f"{name}: overrides[{number}]: match: expected a pattern over names of weights, found ''")
     keys = ["weights", "lm_head", *(f"overrides[{i}]: format" for i in range(len(recipe.overrides)))]
     for key, form in zip(keys, recipe.formats, strict=True):
-        if (form.dtype == "int4") != (form.block_size is not None):
-            raise InputError(f"{name}: {key}: block_size goes with dtype int4, and int4 needs one; found {form}")
-        if form.bits is None and form.dtype != recipe.compute:
-            raise InputError(
-                f"{name}: {key}: dtype: expected {recipe.compute} as in compute, int8 or int4; found {form.dtype}"
-            )
+        _check_format(f"{name}: {key}", form, recipe)
         if form.bits is not None and recipe.compute != "float16":
             raise InputError(f"{name}: compute: expected float16 with quantized weights, found {recipe.compute}")
+    _check_method(name, recipe)
     return recipe
+
+
+def _check_format(where: str, form: WeightFormat, recipe: Recipe) -> None:
+    if (form.dtype == "int4") != (form.block_size is not None):
+        raise InputError(f"{where}: block_size goes with dtype int4, and int4 needs one; found {form}")
+    if form.bits is None and form.dtype != recipe.compute:
+        raise InputError(f"{where}: dtype: expected {recipe.compute} as in compute, int8 or int4; found {form.dtype}")
+    if form.dtype == "float8e4m3fn" and not recipe.calibrated:
+        raise InputError(f"{where}: dtype: float8e4m3fn needs a [calibration], as it is written by galerne quantize")
+
+
+def _check_method(name: str, recipe: Recipe) -> None:
+    """Hold what a recipe rounds against what it says of how."""
+    if recipe.method != "nearest" and not any(form.dtype in ("int4", "int8") for form in recipe.formats):
+        raise InputError(
+            f"{name}: method: {recipe.method} rounds int4 or int8; found weights in {recipe.weights.dtype}"
+        )
+    if recipe.activations is not None and recipe.weights.bits is None:
+        raise InputError(f"{name}: activations: expected quantized weights beside them, found {recipe.weights.dtype}")
+    if recipe.smoothing is not None and recipe.activations is None:
+        raise InputError(
+            f"{name}: smoothing: moves range from rounded activations to weights, but there are no activations"
+        )
+    if recipe.smoothing is not None and not 0 <= recipe.smoothing <= 1:
+        raise InputError(f"{name}: smoothing: expected 0 to 1, found {recipe.smoothing}")
+    text = recipe.calibration
+    if text is None:
+        for key, value in (("method", recipe.method), ("activations", recipe.activations)):
+            if value not in (None, "nearest", "search"):
+                raise InputError(f"{name}: {key}: {value} needs a table [calibration], even an empty one")
+    elif not 0 < text.length <= text.tokens:
+        raise InputError(
+            f"{name}: calibration: expected 0 < length <= tokens, found length {text.length} and tokens {text.tokens}"
+        )

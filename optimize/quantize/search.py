@@ -1,5 +1,7 @@
 """Scales that are searched for: those that leave the least error of the rounded weights, and may clip the outermost."""
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
 from galerne.optimize.quantize.rounding import LEVELS, Float16, Float32, scales_of
@@ -59,3 +61,7 @@ def _search(tile: Float32, bits: int, counts: Float32 | None) -> Float16:
             np.copyto(least, total, where=better)
             np.copyto(best, tried, where=better)
     return best
+
+
+# The scales of a recipe's method that needs no text: (weight [out, in], bits, block) -> [out, in // block].
+SCALES: Mapping[str, Callable[[Float32, int, int], Float16]] = {"nearest": scales_of, "search": searched_scales}

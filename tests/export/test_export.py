@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -14,7 +15,10 @@ from galerne.errors import InputError
 from galerne.export import weights
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
+from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.optimize.quantize import recipe
+from galerne.optimize.quantize.rounding import dequantize, round_to
+from galerne.optimize.quantize.search import SCALES
 from galerne.runtime.bundle import GRAPH, Bundle
 
 Bundles = Callable[[str], Bundle]
@@ -42,6 +46,19 @@ def test_graph_is_standard_fused_and_valid(bundle_of: Bundles, name: str) -> Non
     assert count["MatMul"] == 2 * 4 + 1  # of each layer qkv, o, gate_up, down; and lm_head
     assert count["Shape"] == 1  # of the ring's capacity, the one size that the graph must ask for
     assert count["DequantizeLinear"] == (9 if name.startswith("int") else 0)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-rtn", "int4-search"])
+def test_rounded_weights_are_those_of_the_whole_weight(bundle_of: Bundles, checkpoint_folder: Path, name: str) -> None:
+    """Bit for bit, though the export sees a weight in tiles."""
+    stored, source, own = BundleWeights(bundle_of(name)), open_checkpoint(checkpoint_folder), recipe.load(name)
+    for module in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = source.read(f"model.layers.1.{module}.weight").astype(np.float32)
+        bits = own.weights.bits
+        assert bits is not None
+        scale = SCALES[own.method](weight, bits, own.weights.block_for(weight.shape[1], name))
+        found = stored.parameter(f"model.layers.1.{module}.weight", {f"model.layers.1.{module}.weight": weight.shape})
+        assert found is not None and np.array_equal(found.numpy(), dequantize(round_to(weight, scale, bits), scale))
 
 
 def test_inputs_and_outputs_are_the_contract(bundle_of: Bundles) -> None:

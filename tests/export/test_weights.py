@@ -10,7 +10,8 @@ from galerne.export import weights as module
 from galerne.export.checkpoint.safetensors_folder import SafetensorsCheckpoint
 from galerne.export.weights import Sources, int4_band, int8_band
 from galerne.optimize.graph.weights import Weight
-from galerne.optimize.quantize.rounding import pack_int4, quantize
+from galerne.optimize.quantize.rounding import pack_int4, quantize, round_to
+from galerne.optimize.quantize.search import SCALES
 
 BLOCK, HEIGHT = 32, 128
 
@@ -36,13 +37,15 @@ def _sources(widths: tuple[int, ...]) -> tuple[Sources, NDArray[np.float32]]:
     return Sources(_InMemory(tensors), Weight("w", "linear", tuple(tensors), (2 * HEIGHT, len(whole)))), whole
 
 
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("widths", [(256,), (128, 2, 66), (65, 63), (65, 64), (1,)])
-def test_int4_bands(widths: tuple[int, ...]) -> None:
+def test_int4_bands(widths: tuple[int, ...], method: str) -> None:
     """Odd widths too: two values of one byte then come from different tiles."""
     sources, whole = _sources(widths)
-    values, scale = quantize(whole, 4, BLOCK)
+    scale = SCALES[method](whole, 4, BLOCK)
+    values = round_to(whole, scale, 4)
     scales = np.zeros((2 * HEIGHT // BLOCK, len(whole)), np.float16)
-    bands = [int4_band(sources, first, first + HEIGHT, BLOCK, scales) for first in (0, HEIGHT)]
+    bands = [int4_band(sources, first, first + HEIGHT, BLOCK, scales, SCALES[method]) for first in (0, HEIGHT)]
     assert np.array_equal(
         np.concatenate([band.reshape(-1) for band in bands]), pack_int4(np.ascontiguousarray(values.T))
     )

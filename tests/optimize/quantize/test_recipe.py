@@ -54,8 +54,96 @@ def test_a_bad_recipe_is_named(tmp_path: Path, old: str, new: str, message: str)
         recipe.load(str(path))
 
 
+FULL = """
+description = "mine"
+compute = "float16"
+method = "gptq"
+weights = { dtype = "int8" }
+lm_head = { dtype = "int8" }
+activations = "int8"
+smoothing = 0.5
+
+[[overrides]]
+match = "model.layers.0.*"
+format = { dtype = "float16" }
+
+[[overrides]]
+match = "*.down_proj.weight"
+format = { dtype = "int4", block_size = 32 }
+
+[calibration]
+tokens = 2048
+length = 256
+"""
+
+
+def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "full.toml"
+    path.write_text(FULL)
+    loaded = recipe.load(str(path))
+    assert loaded.calibrated and loaded.calibration == recipe.Calibration(2048, 256)
+    assert loaded.format_for("model.layers.0.mlp.down_proj.weight") == WeightFormat("float16")
+    assert loaded.format_for("model.layers.1.mlp.down_proj.weight") == WeightFormat("int4", 32)
+    assert recipe.read_resolved(loaded.resolved(), "manifest") == loaded
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"gptq"', '"best"', "method: expected one of nearest, search, gptq, awq, found 'best'"),
+        ('weights = { dtype = "int8"', 'weights = { dtype = "float16"', "activations: expected quantized weights beside them"),
+        ('"int8"\nsmoothing', '"int4"\nsmoothing', "activations: expected one of int8, float8e4m3fn"),
+        ('activations = "int8"\n', "", "smoothing: .* there are no activations"),
+        ("0.5", "1.5", "smoothing: expected 0 to 1, found 1.5"),
+        ("0.5", "-0.5", "smoothing: expected 0 to 1, found -0.5"),
+        ("0.5", "nan", "smoothing: expected"),
+        ('"model.layers.0.*"', '""', r"overrides\[0\]: match: expected a pattern over names of weights, found ''"),
+        ('"float16" }\n\n', '"bfloat16" }\n\n', r"overrides\[0\]: format: dtype: expected float16 as in compute"),
+        (", block_size = 32", "", r"overrides\[1\]: format: block_size goes with dtype int4"),
+        ("tokens = 2048", "tokens = 128", "calibration: .* found length 256 and tokens 128"),
+        ("length = 256", "length = 0", "calibration: expected 0 < length"),
+        ("[calibration]\ntokens = 2048\nlength = 256", "", r"method: gptq needs a table \[calibration\]"),
+    ],
+)  # fmt: skip
+def test_fields_that_do_not_go_together_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    assert old in FULL
+    path.write_text(FULL.replace(old, new))
+    with pytest.raises(InputError, match=message):
+        recipe.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ('activations = "int8"', r"activations: int8 needs a table \[calibration\]"),
+        ('method = "awq"', r"method: awq needs a table \[calibration\]"),
+        ('overrides = [{ match = "*", format = { dtype = "float8e4m3fn" } }]', "float8e4m3fn needs a"),
+    ],
+)
+def test_what_needs_text_says_so(tmp_path: Path, added: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(GOOD + added)
+    with pytest.raises(InputError, match=message):
+        recipe.load(str(path))
+
+
+def test_floats_have_no_method_and_no_rounded_activations(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    floats = 'description = ""\ncompute = "float32"\nweights = { dtype = "float32" }\nlm_head = { dtype = "float32" }\n'
+    path.write_text(floats + 'method = "search"')
+    with pytest.raises(InputError, match="method: search rounds int4 or int8; found weights in float32"):
+        recipe.load(str(path))
+    path.write_text(floats + 'activations = "int8"\n[calibration]')
+    with pytest.raises(InputError, match="activations: expected quantized weights beside them, found float32"):
+        recipe.load(str(path))
+
+
 def test_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(InputError, match="'int5': unknown; there are bf16, fp16, fp32, int4-rtn, int8"):
+    with pytest.raises(
+        InputError,
+        match="'int5': unknown; there are bf16, fp16, fp32, int4-awq, int4-gptq, int4-rtn, int4-search, int8",
+    ):
         recipe.load("int5")
     with pytest.raises(InputError, match="no such recipe file"):
         recipe.load("no/such.toml")
