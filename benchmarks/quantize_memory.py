@@ -1,9 +1,9 @@
 """Time and memory of `galerne quantize` on a slice of a large model: `python -m benchmarks.quantize_memory --work DIR`.
 
-The model has random weights in the shape of Mistral 7B v0.1, and as many of its layers as are asked for. Beside the time stand the
-peak of the process's anonymous memory (`RssAnon`, not to be dropped), and that of its resident set (`ru_maxrss`), in which pages of
-mapped files count while they stay: of the checkpoint, and of the activations, which lie in files. A layer's seconds are those
-between its file and the one of the layer before.
+The model has random weights in the shape of Mistral 7B v0.1, and as many of its layers as are asked for. Beside the time stand
+the peak of the process's anonymous memory (`RssAnon`, not to be dropped), and that of its resident set (`ru_maxrss`), in which
+pages of mapped files count while they stay: of the checkpoint, and of the activations, which lie in files. A layer's seconds are
+those between its file and the one of the layer before.
 """
 
 import argparse
@@ -91,7 +91,9 @@ def main() -> int:
     if args.json:
         print(json.dumps({"runs": [asdict(run) for run in measured]}))
         return 0
-    print("| recipe | tokens | s | CPU s | s a layer | h for 32 layers | peak RssAnon MB | peak RSS MB | cores busy with others |")
+    print(
+        "| recipe | tokens | s | CPU s | s a layer | h for 32 layers | peak RssAnon MB | peak RSS MB | cores busy with others |"
+    )
     print("|---" * 9 + "|")
     for run in measured:
         anon = "-" if run.peak_anon_mb is None else f"{run.peak_anon_mb:.0f}"

@@ -51,9 +51,10 @@ class Statistics:
 
     @property
     def mean_square(self) -> Float32:
-        """The mean square of each input channel, [in]."""
-        mean: Float32 = (self._square / self.tokens).numpy()
-        return mean
+        """The mean square of each input channel, [in]; a little more than that, so that none is 0."""
+        mean = self._square / self.tokens
+        found: Float32 = (mean + (float(mean.mean()) * 1e-6 or 1.0)).numpy()
+        return found
 
     @property
     def rows(self) -> Float32:
