@@ -43,7 +43,7 @@ def measure(work: Path, layers: int, recipes: list[str], tokens: int) -> list[Qu
     """Quantize by each recipe in a process of its own; what it writes is removed again."""
     source, out = work / f"mistral-7b-{layers}", work / "quantized"
     work.mkdir(parents=True, exist_ok=True)
-    own = [sys.executable, "-m", "galerne.cli"]
+    own: list[str | Path] = [sys.executable, "-m", "galerne.cli"]
     if not source.exists():
         child.run([*own, "synth", "mistral-7b-v0.1", "--layers", str(layers), "--out", source])
         # Any tokenizer whose ids the model has will do.

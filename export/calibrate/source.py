@@ -27,16 +27,19 @@ class LayerWeights:
         self._checkpoint, self.tied = checkpoint, tied
         self._prefix = ""
         self._held: dict[str, Tensor] = {}
+        self._gone: set[str] = set()
         self.changed: set[str] = set()
 
     def enter(self, number: int) -> None:
         """Let go of the layer before and hold what is read of this one."""
         self._held.clear()
+        self._gone.clear()
         self.changed.clear()
         self._prefix = layer_prefix(number)
 
     def __call__(self, name: str) -> Tensor:
         """Return a weight as it is now. Raises: InputError if it holds NaN or infinity."""
+        assert name not in self._gone, name
         found = self._held.get(name)
         if found is None:
             found = self.read(name)
@@ -53,6 +56,11 @@ class LayerWeights:
         assert name.startswith(self._prefix)
         self._held[name] = value
         self.changed.add(name)
+
+    def drop(self, name: str) -> None:
+        """Let go of a weight of the current layer that nothing reads any more."""
+        self._held.pop(name, None)
+        self._gone.add(name)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as the checkpoint has it, in float32."""

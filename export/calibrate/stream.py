@@ -57,6 +57,7 @@ class Stream:
             for name, form in forms.items()
             if form.bits is not None
         }
+        self._groups: tuple[Group, ...] = ()
         self._factored = recipe.method == "awq" or recipe.smoothing is not None
         self._runs = self._factored or recipe.method == "gptq" or recipe.activations is not None
 
@@ -98,12 +99,13 @@ class Stream:
         rounded: dict[str, RoundedWeight] = {}
         if self._runs:
             hidden = folder.hidden(number)
-            groups = self._layers.groups(number, hidden[0])
+            if not self._groups:  # the same in all layers
+                self._groups = self._layers.groups(number, hidden[0])
             run = LayerRun(self._layers, number, hidden, folder.scratch)
             try:
-                for group in groups:
+                for group in self._groups:
                     self._group(layer_prefix(number), group, run, rounded)
-                    task.advance(1 / len(groups))
+                    task.advance(1 / len(self._groups))
                 self._carry_on(folder, number, run)
             finally:
                 run.close()
@@ -134,6 +136,10 @@ class Stream:
             statistics.divide(factors)
             for name in names:
                 self._weights.replace(name, self._weights(name) * torch.from_numpy(factors))
+        if group.closes is not None:  # from here on the module starts from what these products read
+            for name in rounded:
+                if name.startswith(f"{prefix}{group.closes}."):
+                    self._weights.drop(name)
         for name in quantized:
             self._round(name, statistics, rounded)
 
