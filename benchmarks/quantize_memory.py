@@ -2,8 +2,7 @@
 
 The model has random weights in the shape of Mistral 7B v0.1, and as many of its layers as are asked for. Beside the time stand
 the peak of the process's anonymous memory (`RssAnon`, not to be dropped), and that of its resident set (`ru_maxrss`), in which
-pages of mapped files count while they stay: of the checkpoint, and of the activations, which lie in files. A layer's seconds are
-those between its file and the one of the layer before.
+pages of mapped files count while they stay: of the checkpoint, and of the activations, which lie in files.
 """
 
 import argparse
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import child
 from galerne.errors import GalerneError
+from galerne.export.calibrate.record import RECORD
 from galerne.progress import say
 
 _ALL_LAYERS = 32
@@ -25,7 +25,7 @@ _MB = 1e6
 class Quantized:
     """What one run took. Sizes are in MB of 10^6 bytes.
 
-    layer_seconds: from the first layer's end to the last one's, for each layer. all_hours: for all layers of the model.
+    layer_seconds: for each layer, the embedding of the text included. all_hours: for all layers of the model.
     """
 
     recipe: str
@@ -54,9 +54,9 @@ def measure(work: Path, layers: int, recipes: list[str], tokens: int) -> list[Qu
         shutil.rmtree(out, ignore_errors=True)
         command = [*own, "quantize", source, "--recipe", recipe, "--calibration", text, "--out", out]
         finished = child.run([*command, "--tokens", str(tokens)])
-        written = [file.stat().st_mtime for file in sorted(out.glob("model-*.safetensors"))[:layers]]
+        first, last = out / RECORD, sorted(out.glob("model-*.safetensors"))[layers - 1]
+        each = (last.stat().st_mtime - first.stat().st_mtime) / layers
         shutil.rmtree(out)
-        each = (written[-1] - written[0]) / (layers - 1)
         measured.append(
             Quantized(
                 recipe,
@@ -78,13 +78,13 @@ def main() -> int:
     """Parse the command line, run, and print a Markdown table or one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize_memory", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the checkpoint, reused")
-    parser.add_argument("--layers", type=int, default=2, help="of the model, at least 2")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--recipes", nargs="*", default=["int4-gptq", "int4-awq"])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args()
     try:
-        measured = measure(args.work.resolve(), max(2, args.layers), args.recipes, args.tokens)
+        measured = measure(args.work.resolve(), args.layers, args.recipes, args.tokens)
     except GalerneError as exc:
         say(f"error: {exc}")
         return exc.exit_code
