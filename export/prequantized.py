@@ -6,7 +6,7 @@ from typing import Any, cast
 from galerne.errors import InputError
 from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.checkpoint.packed import PackedTensor
+from galerne.export.checkpoint.packed import InputKind, PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
 from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
 
@@ -53,11 +53,14 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     Raises: InputError if a weight is stored in a way that cannot be kept.
     """
     forms: Counter[StoredFormat] = Counter()
+    inputs: Counter[InputKind] = Counter()
     head = StoredFormat("float16")
     for name in checkpoint.parts:
         packed = checkpoint.packed(name)
         assert packed is not None
         form = stored_format(packed)
+        if packed.input_kind is not None:
+            inputs[packed.input_kind] += 1
         if name == _HEAD:
             head = form
         else:
@@ -70,11 +73,19 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     weights = forms.most_common(1)[0][0]
     where = f"in blocks of {weights.block_size}" if weights.block_size else "by output channel"
     parts = [f"{weights.dtype} {where}", *(["some otherwise"] if len(forms) > 1 else []), "the rest float16"]
+    activations = inputs.most_common(1)[0][0] if inputs else None
+    if activations is not None:
+        most = "inputs" if sum(inputs.values()) == len(checkpoint.parts) else "some inputs"
+        parts.append(f"{most} in {activations} by tensor")
     note = f"; {checkpoint.note}" if checkpoint.note else ""
     record = read_record(checkpoint.path)
     by = "" if record is None else f"{record.summary()}: "
     return CheckpointRecipe(
-        f"{by}as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}", "float16", weights, head
+        f"{by}as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}",
+        "float16",
+        weights,
+        head,
+        activations=activations,
     )
 
 
