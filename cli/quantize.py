@@ -38,6 +38,8 @@ def quantize(
     from galerne.export.checkpoint.open import open_checkpoint
     from galerne.optimize.quantize.recipe import load
 
-    run(open_checkpoint(checkpoint), load(recipe), Path(recipe).name, calibration, out, tokens=tokens, length=length)
+    name = Path(recipe).name
+    run(open_checkpoint(checkpoint), load(recipe), name, calibration, out, tokens=tokens, length=length)
     total = sum(file.stat().st_size for file in out.iterdir())
-    emit(json, {"checkpoint": str(out), "size_bytes": total, "recipe": recipe}, f"{out}: {size(total)}, {recipe}")
+    data = {"checkpoint": str(out), "size_bytes": total, "recipe": name}
+    emit(json, data, f"{out}: {size(total)}, by {name}; galerne export {out} --out BUNDLE makes a bundle of it")

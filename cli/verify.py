@@ -73,7 +73,7 @@ def _verify(bundle: Path, source: Path, engine: str, html: Path | None, adapter:
         opened.with_verdict(engine, report.to_json(), report.passed)
     if html is not None:
         html.write_text(to_html(report), encoding="utf-8")
-    _show(bundle, engine, loads(report.to_json()), report.cases, json)
+    _show(bundle, engine, loads(report.to_json()), report.all_cases, json)
 
 
 def _record(bundle: Path, source: Path, file: Path, json: bool) -> None:

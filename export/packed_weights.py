@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import Bytes, PackedTensor
 from galerne.optimize.graph.weights import Weight
-from galerne.optimize.quantize.qdq import insert_dequantize
+from galerne.optimize.quantize.qdq import RoundedInput, insert_dequantize, round_inputs
 from galerne.optimize.quantize.rounding import pack_int4
 
 Array = NDArray[Any]
@@ -28,7 +28,7 @@ def packed_sources(weight: Weight, checkpoint: Checkpoint) -> list[PackedTensor]
 def packed_initializers(
     graph: ir.Graph, value: ir.Value, parts: list[PackedTensor]
 ) -> list[tuple[ir.Value, int, Callable[[], Array]]]:
-    """Make the graph read a weight through DequantizeLinear, in place.
+    """Make the graph read a weight through DequantizeLinear, and its product's input rounded where it is, in place.
 
     Scales are stored in the weight's type where it holds them exactly, and else in float32, with a Cast after.
 
@@ -37,16 +37,18 @@ def packed_initializers(
         parts: of one form, side by side along `out`.
     Returns: the initializers, each with its size in bytes and what makes its data, in the file's order.
     """
-    assert value.dtype is not None
     first = parts[0]
+    if first.order is not None:
+        _reorder_inputs(graph, value, first.order)
+    if first.input_kind is not None and first.input_scale is not None:
+        round_inputs(graph, value, RoundedInput(first.input_kind, first.input_scale))
+    assert value.dtype is not None
     scales = np.concatenate([part.scales.astype(np.float32) for part in parts], axis=1)
     with np.errstate(over="ignore"):  # what does not fit is not exact
         narrow = scales.astype(value.dtype.numpy())
     exact = bool((narrow.astype(np.float32) == scales).all())
     zero_points = _zero_points(parts)
     kind = first.kind if zero_points is None else f"u{first.kind}"
-    if first.order is not None:
-        _reorder_inputs(graph, value, first.order)
     made = insert_dequantize(
         graph,
         value,

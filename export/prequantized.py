@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any, cast
 
 from galerne.errors import InputError
+from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.checkpoint.packed import PackedTensor
+from galerne.export.checkpoint.packed import InputKind, PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
 from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
 
@@ -15,7 +16,8 @@ _HEAD = "lm_head.weight"
 def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | None) -> AnyRecipe:
     """Return the recipe for a checkpoint: what it was quantized to, or else what was asked for, or else fp16.
 
-    Raises: InputError if both were asked for, there is no such recipe, or the checkpoint is quantized and one was asked for.
+    Raises: InputError if both were asked for, there is no such recipe, it needs calibration text, or the checkpoint is quantized
+        and one was asked for.
     """
     if precision is not None and recipe is not None:
         raise InputError("--precision and --recipe: give one of them")
@@ -26,7 +28,13 @@ def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | N
                 f"{checkpoint.path}: quantized already with {checkpoint.quantization}, and kept as it is; leave {asked} out"
             )
         return checkpoint_recipe(checkpoint)
-    return load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    chosen = load(recipe if recipe is not None else PRECISIONS[precision or "fp16"])
+    if chosen.calibrated:
+        raise InputError(
+            f"--recipe {recipe}: needs calibration text: galerne quantize {checkpoint.path} --recipe {recipe} --calibration TEXT "
+            "--out FOLDER, then galerne export FOLDER --out BUNDLE"
+        )
+    return chosen
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: AnyRecipe) -> None:
@@ -45,11 +53,14 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     Raises: InputError if a weight is stored in a way that cannot be kept.
     """
     forms: Counter[StoredFormat] = Counter()
+    inputs: Counter[InputKind] = Counter()
     head = StoredFormat("float16")
     for name in checkpoint.parts:
         packed = checkpoint.packed(name)
         assert packed is not None
         form = stored_format(packed)
+        if packed.input_kind is not None:
+            inputs[packed.input_kind] += 1
         if name == _HEAD:
             head = form
         else:
@@ -62,9 +73,19 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     weights = forms.most_common(1)[0][0]
     where = f"in blocks of {weights.block_size}" if weights.block_size else "by output channel"
     parts = [f"{weights.dtype} {where}", *(["some otherwise"] if len(forms) > 1 else []), "the rest float16"]
+    activations = inputs.most_common(1)[0][0] if inputs else None
+    if activations is not None:
+        most = "inputs" if sum(inputs.values()) == len(checkpoint.parts) else "some inputs"
+        parts.append(f"{most} in {activations} by tensor")
     note = f"; {checkpoint.note}" if checkpoint.note else ""
+    record = read_record(checkpoint.path)
+    by = "" if record is None else f"{record.summary()}: "
     return CheckpointRecipe(
-        f"as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}", "float16", weights, head
+        f"{by}as the checkpoint has it: {checkpoint.quantization}, {', '.join(parts)}{note}",
+        "float16",
+        weights,
+        head,
+        activations=activations,
     )
 
 

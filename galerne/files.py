@@ -116,9 +116,10 @@ def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
 
 @contextmanager
 def resumable_folder(destination: Path, key_name: str, key: bytes) -> Iterator[Path]:
-    """Yield a folder beside `destination` that takes its place when the block ends well, and stays as it is when it does not.
+    """Yield a folder beside `destination` that takes its place when the block ends well, and stays as it is when it is stopped.
 
-    A later run with the same key finds the folder as it was left and goes on in it; with another key it starts afresh.
+    A later run with the same key finds the folder as it was left and goes on in it; with another key it starts afresh. Where the
+    block finds that the input is bad, the folder goes.
 
     Args:
         key_name, key: a file of the folder, and what it holds: what the run is made from.
@@ -144,6 +145,9 @@ def resumable_folder(destination: Path, key_name: str, key: bytes) -> Iterator[P
             write_atomic(folder / key_name, key)
         yield folder
         os.rename(folder, destination)
+    except InputError:  # the same input would fail again
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     except OSError as exc:
         if exc.errno == errno.ENOSPC:
             raise BackendError(

@@ -17,7 +17,8 @@ class Task:
 
     def __init__(self, label: str, total: float) -> None:
         self._label, self._total, self._done = label, max(total, 1e-9), 0.0
-        self._next_line = time.monotonic() + _LINE_EVERY_S
+        self._start = time.monotonic()
+        self._next_line = self._start + _LINE_EVERY_S
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -46,7 +47,13 @@ class Task:
             self._bar.update(self._id, completed=self._done)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
-            say(f"{self._label}: {min(self._done / self._total, 1.0):.0%}")
+            say(f"{self._label}: {min(self._done / self._total, 1.0):.0%}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        left = (time.monotonic() - self._start) * max(self._total / max(self._done, 1e-9) - 1, 0)
+        if left < _LINE_EVERY_S:
+            return ""
+        return f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
 
 
 def say(line: str) -> None:

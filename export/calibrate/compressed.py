@@ -22,35 +22,36 @@ _CODES = 8
 class Scheme:
     """What products have in common that share a config group.
 
+    dtype: of the weights.
     block: how many weights along the input axis share a scale; None for one scale for an output channel.
-    rounds_input: whether their inputs are rounded too, with one scale a tensor.
+    inputs: what their inputs are rounded to, with one scale a tensor; None if they are not.
     """
 
     dtype: str
     block: int | None
-    rounds_input: bool
+    inputs: str | None
 
     @staticmethod
-    def of(name: str, form: WeightFormat, in_features: int, *, rounds_input: bool) -> "Scheme":
+    def of(name: str, form: WeightFormat, in_features: int, inputs: str | None) -> "Scheme":
         """Return the scheme of a weight. Raises: InputError if its block does not divide the input axis."""
         block = form.block_for(in_features, name)
-        return Scheme(form.dtype, None if form.block_size is None else block, rounds_input)
+        return Scheme(form.dtype, None if form.block_size is None else block, inputs)
 
     @property
     def format(self) -> str:
         """The compressor's name."""
-        return "pack-quantized" if self.dtype == "int4" else "int-quantized"
+        return {"int4": "pack-quantized", "int8": "int-quantized"}.get(self.dtype, "float-quantized")
 
     def group(self, targets: list[str]) -> dict[str, Any]:
         """Return the scheme as a config group for some modules."""
         along: dict[str, Any] = {"strategy": "channel"}
         if self.block is not None:
             along = {"strategy": "group", "group_size": self.block}
-        kind = {"type": "int", "symmetric": True, "dynamic": False}
+        inputs = None if self.inputs is None else {**_arguments(self.inputs), "strategy": "tensor"}
         return {
             "targets": targets,
-            "weights": {"num_bits": 4 if self.dtype == "int4" else 8, **kind, **along},
-            "input_activations": {"num_bits": 8, **kind, "strategy": "tensor"} if self.rounds_input else None,
+            "weights": {**_arguments(self.dtype), **along},
+            "input_activations": inputs,
             "output_activations": None,
             "format": self.format,
         }
@@ -59,11 +60,13 @@ class Scheme:
 def tensors_of(module: str, weight: RoundedWeight) -> dict[str, Tensor]:
     """Return a rounded weight's tensors by their names in the file."""
     tensors = {f"{module}.weight_scale": torch.from_numpy(weight.scales)}
-    if weight.bits == 4:
+    if weight.kind == "int4":
         tensors[f"{module}.weight_packed"] = torch.from_numpy(_packed(weight))
         tensors[f"{module}.weight_shape"] = torch.tensor(weight.values.shape, dtype=torch.int64)
-    else:
+    elif weight.kind == "int8":
         tensors[f"{module}.weight"] = torch.from_numpy(weight.values)
+    else:
+        tensors[f"{module}.weight"] = torch.from_numpy(weight.values.view(np.uint8)).view(torch.float8_e4m3fn)
     if weight.input_scale is not None:
         tensors[f"{module}.input_scale"] = torch.tensor([weight.input_scale], dtype=torch.float32)
     return tensors
@@ -95,6 +98,11 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> di
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _arguments(dtype: str) -> dict[str, Any]:
+    bits, kind = {"int4": (4, "int"), "int8": (8, "int")}.get(dtype, (8, "float"))
+    return {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False}
 
 
 def _packed(weight: RoundedWeight) -> Any:

@@ -66,7 +66,7 @@ class Layers:
             return hidden_states
 
         for number, layer in enumerate(self.modules):
-            layer.forward = partial(pass_on, number)  # type: ignore[method-assign]
+            layer.forward = partial(pass_on, number)
         try:
             self.model.get_submodule("model")(torch.from_numpy(ids[None].copy()), use_cache=False)
         finally:
@@ -134,22 +134,28 @@ class LayerRun:
         self._layer = layers.modules[number]
         self._sequence = 0
         self._replaced: list[nn.Module] = []
+        self._kept: dict[Group, Float32] = {}
 
     def inputs(self, group: Group) -> Iterator[Tensor]:
         """Yield what a group's products read, [S, in] for each sequence, with all weights as they are now.
 
         To be gone through to the end, and for the groups in their order.
         """
-        kept: Float32 | None = None
         for number in self._sequences():
             value = self._reach(group.products[0])
             if group.closes is not None:
-                if kept is None:
-                    kept = self._keep(group.products[0], (len(self._hidden), *value.shape))
-                kept[number] = value.numpy()
+                if group not in self._kept:
+                    self._kept[group] = self._keep(group.products[0], (len(self._hidden), *value.shape))
+                self._kept[group][number] = value.numpy()
             yield value
-        if kept is not None:
-            self._start_from(group, kept)
+        if group in self._kept:
+            self._start_from(group, self._kept[group])
+
+    def divide(self, group: Group, factors: Float32) -> None:
+        """Divide the channels of a group's inputs by factors [in] where they are kept, as what they come from was divided."""
+        if group in self._kept:
+            for number in range(len(self._hidden)):
+                self._kept[group][number] /= factors
 
     def outputs(self) -> Iterator[Float32]:
         """Yield the layer's result [S, hidden_size] for each sequence."""
@@ -185,7 +191,7 @@ class LayerRun:
             result = product(torch.from_numpy(np.array(kept[self._sequence][None])))
             return (result, *[None] * (group.in_tuple - 1)) if group.in_tuple else result
 
-        closes.forward = forward  # type: ignore[method-assign]
+        closes.forward = forward
         self._replaced.append(closes)
 
 

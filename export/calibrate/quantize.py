@@ -12,12 +12,14 @@ from galerne.export.calibrate.stream import Stream
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.safetensors_folder import TOKENIZER
 from galerne.export.export import check_tensors, config_name
+from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
 from galerne.export.quality.text import Int64, sequences
 from galerne.files import resumable_folder, sha256_file
-from galerne.optimize.quantize.recipe import Calibration, Recipe
+from galerne.optimize.quantize.recipe import Calibration, Recipe, check_overrides
 from galerne.progress import say, step
 from galerne.runtime.bundle import entry_of
+from galerne.runtime.footprint import weight_names
 from galerne.runtime.manifest import Source
 from galerne.runtime.tokenizer import Tokenizer
 
@@ -64,6 +66,7 @@ def quantize(
             f"{checkpoint.path}: {spec.architecture}: several experts cannot be calibrated; use int8 or int4-rtn"
         )
     check_tensors(spec, checkpoint)
+    check_overrides(recipe, weight_names(model_facts(spec)), str(checkpoint.path))
     calibration = replace(
         recipe.calibration,
         tokens=recipe.calibration.tokens if tokens is None else tokens,
@@ -71,7 +74,7 @@ def quantize(
     )
     recipe = replace(recipe, calibration=calibration)
     ids = _calibration_ids(checkpoint, text, calibration, spec.bos_token_id, spec.context_limit)
-    stream = Stream(checkpoint, recipe, ids, tied=spec.tie_word_embeddings)
+    stream = Stream(checkpoint, recipe, spec, ids)
     with step("hash source"):
         source = Source(checkpoint.format, {file.name: entry_of(file) for file in checkpoint.files()})
     facts = TextFacts(text.name, sha256_file(text), ids.size, ids.shape[1])

@@ -1,8 +1,11 @@
 """What a quantized folder says of how it was made: `galerne.json`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from galerne import schema
+from galerne.files import read_file
 from galerne.runtime.manifest import Source
 
 RECORD = "galerne.json"
@@ -37,3 +40,11 @@ class Record:
     def summary(self) -> str:
         """Return a line for the manifest of a bundle."""
         return f"{self.recipe}, calibrated on {self.text.tokens} tokens of {self.text.name}"
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record of a folder that Galerne quantized; None if there is none. Raises: InputError if it is damaged."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    return schema.read_json(Record, read_file(path), str(path), RECORD_VERSION, "quantize again, or remove the file")

@@ -27,16 +27,19 @@ class LayerWeights:
         self._checkpoint, self.tied = checkpoint, tied
         self._prefix = ""
         self._held: dict[str, Tensor] = {}
+        self._gone: set[str] = set()
         self.changed: set[str] = set()
 
     def enter(self, number: int) -> None:
         """Let go of the layer before and hold what is read of this one."""
         self._held.clear()
+        self._gone.clear()
         self.changed.clear()
         self._prefix = layer_prefix(number)
 
     def __call__(self, name: str) -> Tensor:
         """Return a weight as it is now. Raises: InputError if it holds NaN or infinity."""
+        assert name not in self._gone, name
         found = self._held.get(name)
         if found is None:
             found = self.read(name)
@@ -44,11 +47,20 @@ class LayerWeights:
                 self._held[name] = found
         return found
 
+    def has(self, name: str) -> bool:
+        """Return whether the checkpoint has a tensor of this name."""
+        return name in self._checkpoint.shapes()
+
     def replace(self, name: str, value: Tensor) -> None:
         """Put another weight in the place of one of the current layer."""
         assert name.startswith(self._prefix)
         self._held[name] = value
         self.changed.add(name)
+
+    def drop(self, name: str) -> None:
+        """Let go of a weight of the current layer that nothing reads any more."""
+        self._held.pop(name, None)
+        self._gone.add(name)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as the checkpoint has it, in float32."""

@@ -15,7 +15,6 @@ class Statistics:
     """Sums over the inputs x [tokens, in] of products that share them.
 
     tokens: how many there were.
-    max_abs, mean_abs: by input channel, [in] float32.
     """
 
     def __init__(self, width: int, *, hessian: bool, rows: int = 0) -> None:
@@ -28,7 +27,7 @@ class Statistics:
         self.tokens = 0
         self._sum = torch.zeros(width, width) if hessian else None
         self._whole = False
-        self._max, self._abs = torch.zeros(width), torch.zeros(width)
+        self._max, self._square = torch.zeros(width), torch.zeros(width)
         self._rows, self._kept = rows, list[Tensor]()
 
     @torch.inference_mode()
@@ -36,9 +35,8 @@ class Statistics:
         """Count one sequence's inputs, [S, in]."""
         assert not self._whole
         self.tokens += len(x)
-        magnitude = x.abs()
-        torch.maximum(self._max, magnitude.amax(0), out=self._max)
-        self._abs += magnitude.sum(0)
+        torch.maximum(self._max, x.abs().amax(0), out=self._max)
+        self._square += x.square().sum(0)
         if self._rows:
             self._kept.append(x[:: max(1, len(x) // self._rows)].clone())
         if self._sum is not None:
@@ -52,10 +50,11 @@ class Statistics:
         return self._max.numpy()
 
     @property
-    def mean_abs(self) -> Float32:
-        """The mean magnitude of each input channel, [in]."""
-        mean: Float32 = (self._abs / max(1, self.tokens)).numpy()
-        return mean
+    def mean_square(self) -> Float32:
+        """The mean square of each input channel, [in]; a little more than that, so that none is 0."""
+        mean = self._square / self.tokens
+        found: Float32 = (mean + (float(mean.mean()) * 1e-6 or 1.0)).numpy()
+        return found
 
     @property
     def rows(self) -> Float32:
@@ -75,3 +74,14 @@ class Statistics:
             self._whole = True
         hessian: Float32 = self._sum.numpy()
         return hessian
+
+    @torch.inference_mode()
+    def divide(self, factors: Float32) -> None:
+        """Make the statistics those of inputs whose channels are divided by factors [in]."""
+        by = torch.from_numpy(factors)
+        self._max /= by
+        self._square /= by.square()
+        self._kept = [rows / by for rows in self._kept]
+        if self._sum is not None:
+            self._sum /= by
+            self._sum /= by[:, None]

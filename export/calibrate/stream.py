@@ -1,6 +1,7 @@
 """Rounds a model layer by layer, each on what the rounded layers before it make of the calibration text."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -9,15 +10,22 @@ from torch import Tensor, nn
 
 from galerne.errors import InputError
 from galerne.export.calibrate.compressed import Scheme, tensors_of
+from galerne.export.calibrate.fold import bounded, divide, fold_of
 from galerne.export.calibrate.folder import QuantizedFolder, as_stored
-from galerne.export.calibrate.layers import Group, Int64, LayerRun, Layers
-from galerne.export.calibrate.rounded import RoundedWeight, round_weight, uses_hessian
+from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
+from galerne.export.calibrate.rounded import LARGEST, RoundedWeight, round_weight, uses_hessian
 from galerne.export.calibrate.source import HEAD, LayerWeights, layer_prefix
 from galerne.export.calibrate.statistics import Statistics
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
+from galerne.export.spec import DecoderSpec
+from galerne.optimize.quantize.awq import awq_factors
 from galerne.optimize.quantize.recipe import Method, Recipe
+from galerne.optimize.quantize.smooth import smooth_factors
 from galerne.progress import Task
+
+# Inputs that AWQ's factors are searched on.
+_ROWS = 1024
 
 
 class Stream:
@@ -26,16 +34,16 @@ class Stream:
     schemes: of each product that is quantized, by its module's name. ignored: the linear modules that are not.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, ids: Int64, *, tied: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, spec: DecoderSpec, ids: Int64) -> None:
         """Prepare.
 
         Args:
+            spec: of the checkpoint's model.
             ids: the calibration text, [sequences, S].
-            tied: whether the vocabulary projection is the embedding table.
         Raises: InputError if transformers does not know the model, or a block does not divide.
         """
-        self._checkpoint, self._recipe, self._ids = checkpoint, recipe, ids
-        self._weights = LayerWeights(checkpoint, tied=tied)
+        self._checkpoint, self._recipe, self._spec, self._ids = checkpoint, recipe, spec, ids
+        self._weights = LayerWeights(checkpoint, tied=spec.tie_word_embeddings)
         self._layers = Layers(StreamedModel(checkpoint, substitute=self._weights))
         linear = {
             name: module.in_features
@@ -45,11 +53,13 @@ class Stream:
         forms = {name: recipe.format_for(f"{name}.weight") for name in linear}
         self.ignored = [name for name, form in forms.items() if form.bits is None]
         self.schemes = {
-            name: Scheme.of(f"{name}.weight", form, linear[name], rounds_input=self._rounds_input(name))
+            name: Scheme.of(f"{name}.weight", form, linear[name], self._inputs_of(name))
             for name, form in forms.items()
             if form.bits is not None
         }
-        self._runs = recipe.method in ("gptq", "awq") or recipe.activations is not None
+        self._groups: tuple[Group, ...] = ()
+        self._factored = recipe.method == "awq" or recipe.smoothing is not None
+        self._runs = self._factored or recipe.method == "gptq" or recipe.activations is not None
 
     @property
     def count(self) -> int:
@@ -71,8 +81,9 @@ class Stream:
                 folder.clear(number + 1)
         folder.write(self.count, self._rest())
 
-    def _rounds_input(self, module: str) -> bool:
-        return self._recipe.activations is not None and f"{module}.weight" != HEAD
+    def _inputs_of(self, module: str) -> str | None:
+        """Return what a product's input is rounded to. The vocabulary projection's is not: few weights, and much harm."""
+        return None if f"{module}.weight" == HEAD else self._recipe.activations
 
     def _enter(self, folder: QuantizedFolder, *, fresh: bool) -> None:
         """Run the embedding on the text; on one sequence only where the hidden states are there and the layers' calls are not."""
@@ -88,42 +99,71 @@ class Stream:
         rounded: dict[str, RoundedWeight] = {}
         if self._runs:
             hidden = folder.hidden(number)
-            groups = self._layers.groups(number, hidden[0])
+            if not self._groups:  # the same in all layers
+                self._groups = self._layers.groups(number, hidden[0])
             run = LayerRun(self._layers, number, hidden, folder.scratch)
             try:
-                for group in groups:
-                    rounded |= self._group(number, group, run)
-                    task.advance(1 / len(groups))
+                for group in self._groups:
+                    self._group(layer_prefix(number), group, run, rounded)
+                    task.advance(1 / len(self._groups))
                 self._carry_on(folder, number, run)
             finally:
                 run.close()
         else:
-            rounded = self._round(
-                [f"{module}.weight" for module in self.schemes if module.startswith(layer_prefix(number))], None
-            )
+            prefix = layer_prefix(number)
+            for name in (f"{module}.weight" for module in self.schemes if module.startswith(prefix)):
+                self._round(name, None, rounded)
             task.advance()
         folder.write(number, self._tensors(layer_prefix(number), rounded))
 
-    def _group(self, number: int, group: Group, run: LayerRun) -> dict[str, RoundedWeight]:
+    def _group(self, prefix: str, group: Group, run: LayerRun, rounded: dict[str, RoundedWeight]) -> None:
         """Round the products that read one input."""
-        names = [f"{layer_prefix(number)}{product}.weight" for product in group.products]
+        names = [f"{prefix}{product}.weight" for product in group.products]
+        quantized = [name for name in names if name.removesuffix(".weight") in self.schemes]
         hessian = any(uses_hessian(self._recipe.format_for(name), self._recipe.method) for name in names)
+        rows = max(1, _ROWS // len(self._ids)) if self._recipe.method == "awq" else 0
         statistics = None
         for x in run.inputs(group):
             if statistics is None:
-                statistics = Statistics(x.shape[1], hessian=hessian)
+                statistics = Statistics(x.shape[1], hessian=hessian, rows=rows)
             statistics.add(x)
-        return self._round([name for name in names if name.removesuffix(".weight") in self.schemes], statistics)
+        assert statistics is not None
+        fold = fold_of(group, self._spec) if self._factored and quantized else None
+        if fold is not None:
+            factors = bounded(self._factors(quantized, statistics), fold, prefix, rounded)
+            divide(factors, fold, prefix, self._spec, self._weights, rounded)
+            run.divide(group, factors)
+            statistics.divide(factors)
+            for name in names:
+                self._weights.replace(name, self._weights(name) * torch.from_numpy(factors))
+        if group.closes is not None:  # from here on the module starts from what these products read
+            for name in rounded:
+                if name.startswith(f"{prefix}{group.closes}."):
+                    self._weights.drop(name)
+        for name in quantized:
+            self._round(name, statistics, rounded)
 
-    def _round(self, names: list[str], statistics: Statistics | None) -> dict[str, RoundedWeight]:
-        rounded = {}
-        for name in names:
-            form, weight = self._recipe.format_for(name), self._weights(name).numpy()
-            rounded[name] = round_weight(
-                name, weight, form, self._recipe.method, statistics, str(self._checkpoint.path)
-            )
-            self._weights.replace(name, torch.from_numpy(rounded[name].dequantized()))
-        return rounded
+    def _factors(self, names: list[str], statistics: Statistics) -> Float32:
+        """Return the factors of products that share an input, [in]."""
+        weights = [self._weights(name).numpy() for name in names]
+        if self._recipe.smoothing is not None:
+            return smooth_factors(weights, statistics.max_abs, self._recipe.smoothing)
+        form = self._recipe.format_for(names[0])
+        assert form.bits is not None
+        block = form.block_for(weights[0].shape[1], names[0])
+        return awq_factors(weights, statistics.rows, form.bits, block, name=names[0])
+
+    def _round(self, name: str, statistics: Statistics | None, rounded: dict[str, RoundedWeight]) -> None:
+        recipe, weight = self._recipe, self._weights(name).numpy()
+        made = round_weight(
+            name, weight, recipe.format_for(name), recipe.method, statistics, str(self._checkpoint.path)
+        )
+        if recipe.activations is not None:
+            assert statistics is not None
+            largest = float(statistics.max_abs.max()) or 1.0
+            made = replace(made, input_scale=largest / LARGEST[recipe.activations])
+        rounded[name] = made
+        self._weights.replace(name, torch.from_numpy(made.dequantized()))
 
     def _carry_on(self, folder: QuantizedFolder, number: int, run: LayerRun) -> None:
         """Keep the hidden states after a layer."""

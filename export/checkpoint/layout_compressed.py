@@ -1,6 +1,6 @@
 """compressed-tensors, which llm-compressor writes: integers packed into int32, plain int8, or float8.
 
-What is stored for rounding activations and the cache is not used: the graph computes them in its own type.
+Inputs that are rounded by a scale that is stored stay so. Other rounding of activations, and that of the cache, is left out.
 
 Source: compressed-tensors 0.20, compressors/pack_quantized and compressors/naive_quantized.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galerne.errors import InputError
+from galerne.export.checkpoint.compressed_config import read_config
 from galerne.export.checkpoint.layout import (
     Bits,
     Layout,
@@ -26,7 +27,6 @@ from galerne.export.checkpoint.layout import (
 )
 from galerne.export.checkpoint.packed import Bytes, PackedTensor, asymmetric
 
-_PACKED, _PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
 _OTHERS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
@@ -38,44 +38,12 @@ class CompressedLayout(Layout):
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         """Read the config. Raises: InputError if it is of a form that is not read."""
-        at = f"{where}: quantization_config"
-        groups = config.get("config_groups")
-        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-            raise InputError(f"{at}: config_groups: expected a table of tables, found {groups!r}")
-        for form in {config.get("format"), *(group.get("format") for group in groups.values())} - {
-            None,
-            "mixed-precision",
-        }:
-            if form not in (_PACKED, *_PLAIN):
-                raise InputError(f"{at}: format: {form!r} is not supported; expected {', '.join((_PACKED, *_PLAIN))}")
-        if (config.get("transform_config") or {}).get("config_groups"):
-            raise InputError(f"{at}: transform_config: weights that were rotated are not supported; quantize without")
-        sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
-        if sparsity != "dense":
-            raise InputError(f"{at}: sparsity_config: format {sparsity!r} is not supported; expected 'dense'")
-        self._bits: set[int] = set()
-        self._blocks: set[tuple[int, ...]] = set()
-        self._rounds_activations = config.get("kv_cache_scheme") is not None
-        for name, group in groups.items():
-            self._read_group(group, f"{at}: config_groups: {name}")
-
-    def _read_group(self, group: Mapping[str, Any], at: str) -> None:
-        weights = group.get("weights")
-        if not isinstance(weights, Mapping):
-            raise InputError(f"{at}: weights: expected a table, found {weights!r}")
-        bits, kind = weights.get("num_bits"), weights.get("type", "int")
-        if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
-            raise InputError(
-                f"{at}: weights: num_bits: {bits!r} of type {kind!r} is not supported; expected int 4 or 8, float 8"
-            )
-        self._bits.add(cast(int, bits))
-        if weights.get("strategy") == "block":
-            self._blocks.add(tuple(weights.get("block_structure") or ()))
-        self._rounds_activations |= group.get("input_activations") is not None
+        self._config = read_config(config, f"{where}: quantization_config")
 
     def note(self) -> str:
-        """Say that activations stay as they are."""
-        return "activations and cache are not rounded as the source rounds them" if self._rounds_activations else ""
+        """Say what is left as it is."""
+        left_out = sorted(self._config.left_out)
+        return f"not rounded here as the source rounds them: {'; '.join(left_out)}" if left_out else ""
 
     def find(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Return the quantized weights: packed ones, and plain ones that have a scale."""
@@ -129,19 +97,21 @@ class CompressedLayout(Layout):
             if kind == "int8" and "weight" in parts:
                 np.bitwise_xor(out, 0x80, out=out)  # from signed to codes from 0
 
-        return PackedTensor(
-            kind, shape, block, scales.T, self._zero_points(parts, bits, scales.shape, tensors), order, write
-        )
+        points = self._zero_points(parts, bits, scales.shape, tensors)
+        input_kind = self._config.input_kind(parts["weight_scale"].removesuffix(".weight_scale"))
+        input_scale = None if input_kind is None else _input_scale(parts, tensors)
+        return PackedTensor(kind, shape, block, scales.T, points, order, write, input_kind, input_scale)
 
     def _packed_bits(self, parts: Mapping[str, str], shape: tuple[int, ...], tensors: Tensors) -> Bits:
         name = parts["weight_packed"]
         found = tensors.stored_shape(name)
-        for bits in sorted(self._bits):
+        known = sorted({group.bits for group in self._config.groups})
+        for bits in known:
             if tuple(found) == (shape[0], -(-shape[1] * bits // 32)):
                 return cast(Bits, bits)
         raise InputError(
             f"{tensors.where(name)}: {name}: shape {list(found)} does not hold {list(shape)} at num_bits "
-            f"{' or '.join(map(str, sorted(self._bits)))} of config.json"
+            f"{' or '.join(map(str, known))} of config.json"
         )
 
     def _scales(
@@ -157,9 +127,10 @@ class CompressedLayout(Layout):
             return scales.reshape(rows, 1), None
         if scales.ndim == 2 and scales.shape[0] == rows and columns % scales.shape[1] == 0:
             return scales, columns // scales.shape[1]
-        for block in self._blocks:
+        for block in {group.block for group in self._config.groups}:
             if (
-                len(block) == 2
+                block is not None
+                and len(block) == 2
                 and scales.shape == (-(-rows // block[0]), columns // block[1])
                 and columns % block[1] == 0
             ):
@@ -188,6 +159,19 @@ class CompressedLayout(Layout):
             raise InputError(f"{tensors.where(name)}: {name}: shape {list(stored.shape)}; expected {list(shape)}")
         points = stored.reshape(shape)
         return asymmetric((points.T.astype(np.int16) + middle).astype(np.uint8), middle)
+
+
+def _input_scale(parts: Mapping[str, str], tensors: Tensors) -> float:
+    expect_parts(parts, ("input_scale",), tensors)
+    name = parts["input_scale"]
+    scale = finite_scales(name, tensors)
+    if scale.size != 1 or not float(scale.reshape(-1)[0]) > 0:
+        found = f"shape {list(scale.shape)}" if scale.size != 1 else str(float(scale.reshape(-1)[0]))
+        raise InputError(f"{tensors.where(name)}: {name}: expected one scale above 0, found {found}")
+    if "input_zero_point" in parts and bool((tensors.stored(parts["input_zero_point"]).astype(np.float32) != 0).any()):
+        name = parts["input_zero_point"]
+        raise InputError(f"{tensors.where(name)}: {name}: expected 0, as config.json says symmetric")
+    return float(scale.reshape(-1)[0])
 
 
 def _codes(parts: Mapping[str, str], bits: int, shape: tuple[int, int], tensors: Tensors) -> Bytes:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["int4", "int8", "float8e4m3fn"]
+InputKind = Literal["int8", "float8e4m3fn"]
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
 
@@ -26,6 +27,8 @@ class PackedTensor:
     zero_points: [in // block, out] uint8; None where all are the middle of the range, 8 or 128: a symmetric weight.
     order: [in] int64, the input feature that each row of the codes multiplies; None where that is the row's own number.
     write_codes: writes the codes into an array [in, out] uint8, one a byte, rows in `order`.
+    input_kind: what the product's input is rounded to; None where it is not.
+    input_scale: the one scale of that input, above 0, as float32 holds it; None where it is not rounded.
     """
 
     kind: Kind
@@ -35,6 +38,8 @@ class PackedTensor:
     zero_points: Bytes | None
     order: NDArray[np.int64] | None
     write_codes: Callable[[Bytes], None]
+    input_kind: InputKind | None = None
+    input_scale: float | None = None
 
     @property
     def middle(self) -> int:
@@ -42,8 +47,10 @@ class PackedTensor:
         return {"int4": 8, "int8": 128, "float8e4m3fn": 0}[self.kind]
 
     def same_form(self, other: "PackedTensor") -> bool:
-        """Whether two weights that read the same input can stand side by side in one."""
+        """Whether two weights that read the same input, rounded alike, can stand side by side in one."""
         if (self.kind, self.shape[1], self.block) != (other.kind, other.shape[1], other.block):
+            return False
+        if (self.input_kind, self.input_scale) != (other.input_kind, other.input_scale):
             return False
         if self.order is None or other.order is None:
             return self.order is other.order

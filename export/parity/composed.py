@@ -30,6 +30,43 @@ def composed_weights(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
     return None
 
 
+def rounded_inputs(checkpoint: Checkpoint) -> dict[str, tuple[str, float]]:
+    """Return what the inputs of layers are rounded to: "int" or "float", of 8 bits, and the scale, by the layer's name."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return {}
+    config = dict(checkpoint.quantization_config)
+    if config["quant_method"] != "compressed-tensors":
+        return {}
+    found = {}
+    for name, scale in _stored(checkpoint.files(), ".input_scale").items():
+        module = name.rpartition(".")[0]
+        args = _group_of(module, config).get("input_activations") or {"dynamic": True}
+        if not args.get("dynamic") and (args.get("strategy") or "tensor") == "tensor" and args.get("symmetric", True):
+            found[module] = (args.get("type", "int"), scale.float().item())
+    return found
+
+
+def _group_of(module: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the group of a layer: one that names it, or else one with a pattern for it, or else one for all layers."""
+    ranked = []
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            if target == module:
+                ranked.append((0, target, group))
+            elif target.startswith("re:") and re.match(target.removeprefix("re:"), module):
+                ranked.append((1, target, group))
+            elif target == "Linear":
+                ranked.append((2, target, group))
+    return min(ranked, key=lambda each: each[:2])[2] if ranked else {}
+
+
+def round_input(x: Tensor, kind: str, scale: float) -> Tensor:
+    """Round to 8 bits with one scale and back, as compressed-tensors describes it; x and the result are float32."""
+    if kind == "float":
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
 def _from_native(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """Rename Mistral's tensors and bring the rows of queries and keys into Hugging Face's order, row by row."""
     names = [
@@ -64,12 +101,13 @@ def _from_native(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str
     return weights
 
 
-def _stored(files: list[Path]) -> dict[str, Tensor]:
+def _stored(files: list[Path], ending: str = "") -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+                names = [name for name in opened.keys() if name.endswith(ending)]  # noqa: SIM118 (it is no dict)
+                tensors |= {name: opened.get_tensor(name) for name in names}
     return tensors
 
 

@@ -44,23 +44,25 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         generated: Mapping[str, Int64],
         tolerance: Tolerance,
         adapter: Path | None = None,
+        rounded_inputs: bool = True,
     ) -> None:
         """Prepare a run.
 
         Args:
             generated: the candidate's tokens by the case's name, for cases that generate freely; they must be there by then.
             tolerance: how far two logits may differ and still count as equal.
-            adapter: as in `StreamedModel`.
+            adapter, rounded_inputs: as in `StreamedModel`.
         """
         super().__init__(name="transformers")
         self._checkpoint, self._recipe, self._plan, self._advance = checkpoint, recipe, plan, advance
         self._generated, self._tolerance, self._adapter = generated, tolerance, adapter
+        self._rounded_inputs = rounded_inputs
         self._model: PreTrainedModel | None = None
         self._logits: dict[int, tuple[Int64, Float32]] = {}
 
     def activate_impl(self) -> None:
         """Open the model, run it as it is on the longest case, and have its weights rounded from then on."""
-        streamed = StreamedModel(self._checkpoint, self._adapter)
+        streamed = StreamedModel(self._checkpoint, self._adapter, rounded_inputs=self._rounded_inputs)
         self._model, longest = streamed.model, self._plan.longest
         tokens = self._plan.sequences[0][: longest.lengths[0]]
         self.source_logits = logits_at(self._model, tokens, self._plan.positions(longest)[0])

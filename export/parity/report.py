@@ -20,6 +20,18 @@ class AgainstSource:
 
 
 @dataclass(frozen=True)
+class Unrounded:
+    """The proof of a graph that rounds the inputs of its products: of the rounding, and of the graph without it.
+
+    arithmetic, tolerances: as in `Report`, for the cases that run without it.
+    """
+
+    arithmetic: str
+    tolerances: Limits
+    cases: tuple[CaseResult, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """A verdict, and everything that it rests on.
 
@@ -28,6 +40,7 @@ class Report:
     reference: what the bundle was compared with.
     arithmetic: the row of the tolerance table that holds.
     logits_std: the standard deviation of the reference's logits, which the limits are scaled by.
+    unrounded: only where inputs are rounded too.
     """
 
     passed: bool
@@ -39,10 +52,19 @@ class Report:
     tolerances: Limits
     cases: tuple[CaseResult, ...]
     against_source: AgainstSource
+    unrounded: Unrounded | None = None
+
+    @property
+    def all_cases(self) -> tuple[CaseResult, ...]:
+        """The cases as the bundle runs, and those of `unrounded`."""
+        return self.cases + (self.unrounded.cases if self.unrounded is not None else ())
 
     def to_json(self) -> bytes:
         """Return the report as UTF-8 JSON without times or paths; four digits a number, and null for NaN."""
-        return (json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        tree = plain(self)
+        if self.unrounded is None:
+            del tree["unrounded"]
+        return (json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 _TABLE = """<table>
@@ -63,14 +85,24 @@ def html(report: Report) -> str:
         "Recipe": report.recipe,
         "Reference": report.reference,
         "Arithmetic": report.arithmetic,
-        "Limits": f"max_abs {_number(limits.max_abs)}, mean_kl {_number(limits.max_mean_kl)}, top1_agreement "
-        f"{_number(limits.min_top1_agreement)}{', greedy tokens identical' if limits.greedy else ''}",
+        "Limits": _limits(limits),
         "Their source": limits.source,
         "Against the source": f"{source.case}, weights as they are: max_abs {_number(source.max_abs)}, mean_kl "
         f"{_number(source.mean_kl)}, top1_agreement {_number(source.top1_agreement)}; no criterion",
     }
     rows = "\n".join(_row(case, limits.max_abs) for case in report.cases)
+    if report.unrounded is not None:
+        tight = report.unrounded.tolerances
+        facts |= {"Limits, inputs not rounded": f"{report.unrounded.arithmetic}: {_limits(tight)}"}
+        rows += "\n" + "\n".join(_row(case, tight.max_abs) for case in report.unrounded.cases)
     return page("Parity", report.passed, facts, _TABLE.format(rows=rows))
+
+
+def _limits(limits: Limits) -> str:
+    return (
+        f"max_abs {_number(limits.max_abs)}, mean_kl {_number(limits.max_mean_kl)}, top1_agreement "
+        f"{_number(limits.min_top1_agreement)}{', greedy tokens identical' if limits.greedy else ''}"
+    )
 
 
 def _row(case: CaseResult, limit: float) -> str:

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.lora import AdaptedCheckpoint
-from galerne.export.parity.composed import adapter_products, composed_weights
+from galerne.export.parity.composed import adapter_products, composed_weights, round_input
+from galerne.export.parity.composed import rounded_inputs as read_rounded_inputs
 from galerne.export.weights import rounded_like
 from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.parallel import ordered
@@ -54,6 +55,7 @@ class StreamedModel:
         adapter: Path | None = None,
         *,
         substitute: Callable[[str], Tensor | None] | None = None,
+        rounded_inputs: bool = True,
     ) -> None:
         """Open a checkpoint.
 
@@ -61,6 +63,7 @@ class StreamedModel:
             adapter: the folder of a LoRA adapter whose products are added to the rounded weights; those of an
                 `AdaptedCheckpoint` are there before the rounding.
             substitute: gives every weight from the start, so that the checkpoint's files are not opened here and none is kept.
+            rounded_inputs: round the inputs of layers where the checkpoint says so.
         Raises: InputError if transformers cannot load it.
         """
         self._products = {} if adapter is None else adapter_products(adapter)
@@ -79,6 +82,7 @@ class StreamedModel:
                 if substitute is None and not names <= self._weights.names():
                     self._weights = _loaded(checkpoint)
                 self._fill_buffers()
+            self._round_inputs(read_rounded_inputs(checkpoint) if rounded_inputs else {})
         except Exception as exc:
             raise InputError(f"{checkpoint.path}: transformers cannot load it ({one_line(exc)})") from exc
         self.model.eval()
@@ -127,7 +131,7 @@ class StreamedModel:
             rows = self._weights.rows(stored, first, min(first + step, shape[0])).float()
             if self._rounding is not None:
                 rows = rounded_like(rows, name, self._rounding, first)
-            if name in self._products:
+            if name in self._products and _owner(name) not in self._rounded:
                 rows = rows + _product(self._products[name], first, first + step)
             whole[first : first + step] = rows.numpy()
 
@@ -153,6 +157,14 @@ class StreamedModel:
                 if self._keep:
                     self._kept[name] = parameter
             module._parameters[kind] = parameter
+
+    def _round_inputs(self, rounded: Mapping[str, tuple[str, float]]) -> None:
+        """Have layers round their inputs; an adapter's product takes them as they were."""
+        self._rounded = set(rounded)
+        for path, (kind, scale) in rounded.items():
+            layer = self.model.get_submodule(path)
+            assert isinstance(layer, nn.Linear), path
+            layer.forward = partial(_of_rounded, layer, kind, scale, self._products.get(f"{path}.weight"))  # type: ignore[method-assign]
 
     def _fill_buffers(self) -> None:
         """Compute what no checkpoint holds, such as the rotary frequencies, as transformers does when it loads one."""
@@ -256,6 +268,16 @@ class _Adapted:
     def rows(self, name: str, first: int, last: int) -> Tensor:
         rows = self._base.rows(name, first, last)
         return rows.float() + _product(self._products[name], first, last) if name in self._products else rows
+
+
+def _of_rounded(
+    layer: nn.Linear, kind: str, scale: float, product: tuple[float, Tensor, Tensor] | None, x: Tensor
+) -> Tensor:
+    y = nn.functional.linear(round_input(x, kind, scale), layer.weight, layer.bias)
+    if product is not None:
+        factor, b, a = product
+        y = y + factor * (x @ a.t()) @ b.t()
+    return y
 
 
 def _product(product: tuple[float, Tensor, Tensor], first: int, last: int) -> Tensor:

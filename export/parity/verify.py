@@ -1,5 +1,6 @@
 """The verdict on a bundle: does it compute what its PyTorch source computes?"""
 
+import dataclasses
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from galerne.export.parity.candidate import CandidateRunner
 from galerne.export.parity.cases import make_plan
 from galerne.export.parity.compare import compare_case
 from galerne.export.parity.reference import ReferenceRunner
-from galerne.export.parity.report import AgainstSource, Report
+from galerne.export.parity.report import AgainstSource, Report, Unrounded
 from galerne.export.parity.streamed import source_window
-from galerne.export.parity.tolerances import TABLE, arithmetic
+from galerne.export.parity.tolerances import TABLE, Arithmetic, arithmetic
+from galerne.export.parity.unrounded import compare_rounding, unrounded
 from galerne.files import sha256_file
-from galerne.optimize.quantize.recipe import read_resolved
+from galerne.optimize.quantize.recipe import AnyRecipe, read_resolved
 from galerne.progress import Task, step
 from galerne.runtime.bundle import MANIFEST, Bundle
 from galerne.runtime.engines.select import PORTABLE
@@ -28,7 +30,9 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
     """Run a bundle and its checkpoint in transformers on the same tokens, and compare.
 
     The reference's weights are rounded as the bundle's recipe rounds them, so that the limits can be tight enough to show a
-    wrong graph; what the rounding costs is reported apart. Nothing is written: see `Bundle.with_verdict`.
+    wrong graph; what the rounding costs is reported apart. Where inputs are rounded too, no tight limit holds for the logits, so
+    a portable graph's rounding is compared with the checkpoint's exactly, and the graph is run without it as well (see
+    `unrounded`). Nothing is written: see `Bundle.with_verdict`.
 
     Args:
         engine: what runs the bundle: "portable", which is the default, or an engine's name.
@@ -41,7 +45,35 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
         check_source(bundle, checkpoint)
         bundle.verify_hashes()
     recipe = read_resolved(bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
-    row = arithmetic(recipe, engine)
+    report = _run(bundle, checkpoint, recipe, arithmetic(recipe, engine), engine, adapter)
+    if recipe.activations is None or engine != PORTABLE:
+        return report
+    scales = compare_rounding(bundle, checkpoint)
+    with unrounded(bundle) as plain:
+        proof = _run(
+            plain,
+            checkpoint,
+            recipe,
+            "float32" if recipe.compute == "float32" else "float16",
+            engine,
+            adapter,
+            rounded_inputs=False,
+        )
+    cases = (scales, *(dataclasses.replace(case, name=f"inputs not rounded: {case.name}") for case in proof.cases))
+    passed = report.passed and all(case.passed for case in cases)
+    return dataclasses.replace(report, passed=passed, unrounded=Unrounded(proof.arithmetic, proof.tolerances, cases))
+
+
+def _run(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    recipe: AnyRecipe,
+    row: Arithmetic,
+    engine: str,
+    adapter: Path | None,
+    *,
+    rounded_inputs: bool = True,
+) -> Report:
     tolerance = TABLE[row]
     plan = make_plan(bundle.manifest, source_window(checkpoint), greedy=tolerance.greedy)
     with Task("parity", 2 * len(plan.cases)) as task:
@@ -54,6 +86,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
             generated=candidate.generated,
             tolerance=tolerance,
             adapter=adapter,
+            rounded_inputs=rounded_inputs,
         )
         feeds = [OrderedDict(case=np.array([number], np.int64)) for number in range(len(plan.cases))]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # its log goes to stdout

@@ -1,10 +1,23 @@
-"""Puts DequantizeLinear between a product and its quantized weight."""
+"""Puts DequantizeLinear between a product and its quantized weight, and QuantizeLinear before its rounded input."""
 
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 import onnx_ir as ir
 
 from galerne.optimize.quantize.recipe import AnyRecipe, CheckpointRecipe
 
 VALUES_SUFFIX, SCALE_SUFFIX, ZERO_POINT_SUFFIX = "_quantized", "_scale", "_zero_point"
+INPUT_SCALE_SUFFIX, INPUT_ZERO_POINT_SUFFIX = "_input_scale", "_input_zero_point"
+
+
+@dataclass(frozen=True)
+class RoundedInput:
+    """What a product's input is rounded to: value = round(x / scale), clipped to what the type holds; the zero point is 0."""
+
+    kind: Literal["int8", "float8e4m3fn"]
+    scale: float
 
 
 def opset_of(recipe: AnyRecipe) -> int:
@@ -64,5 +77,95 @@ def insert_dequantize(
 
 def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.initializers[name] = value
+    return value
+
+
+def round_inputs(graph: ir.Graph, weight: ir.Value, rounded: RoundedInput) -> None:
+    """Round the input of each product of a float weight by QuantizeLinear and DequantizeLinear, in place.
+
+    The product is in float32 then, and its weight is made float32 here, before `insert_dequantize`: ONNX Runtime multiplies the
+    two in int8 in float32 graphs only, and TensorRT whatever the type. An input that a norm computed in float32 is taken before
+    it is cast, so it may exceed float16.
+
+    Args:
+        weight: an initializer [in, out] without data.
+    """
+    assert weight.name is not None
+    narrow, wide = weight.dtype, ir.DataType.FLOAT
+    kind = ir.DataType.INT8 if rounded.kind == "int8" else ir.DataType.FLOAT8E4M3FN
+    scale = _constant(graph, weight.name + INPUT_SCALE_SUFFIX, np.array(rounded.scale, np.float32))
+    zero = _constant(graph, weight.name + INPUT_ZERO_POINT_SUFFIX, np.array(0, kind.numpy()))
+    weight.type = ir.TensorType(wide)  # a new one: parts of a product that was split share theirs
+    for product, _ in tuple(weight.uses()):
+        assert product.name is not None and product.inputs[0] is not None
+        base = f"{product.name.removesuffix('MatMul')}input/"
+        x = _before_cast(product.inputs[0])
+        nodes = []
+        if _type_of(x) != wide:
+            nodes.append(_node("Cast", [x], {"to": wide.value}, f"{base}Cast", wide))
+            x = nodes[0].outputs[0]
+        nodes.append(_node("QuantizeLinear", [x, scale, zero], {}, f"{base}QuantizeLinear", kind))
+        nodes.append(
+            _node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero], {}, f"{base}DequantizeLinear", wide)
+        )
+        graph.insert_before(product, nodes)
+        unrounded = product.inputs[0]
+        product.replace_input_with(0, nodes[-1].outputs[0])
+        _drop_unused_cast(graph, unrounded)
+        if narrow is not None and narrow != wide:
+            _narrow_output(graph, product, narrow)
+
+
+def _before_cast(x: ir.Value) -> ir.Value:
+    """Return the float32 value that a value was cast from; the value itself if it was not."""
+    cast = x.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return source if source is not None and _type_of(source) == ir.DataType.FLOAT else x
+
+
+def _type_of(value: ir.Value) -> ir.DataType | None:
+    """Return a value's type; the last step of a norm, which the exporter leaves without one, has that of its weight."""
+    node = value.producer()
+    if value.dtype is not None or node is None or node.op_type not in ("RMSNormalization", "Mul"):
+        return value.dtype
+    return next((each.dtype for each in node.inputs if each is not None and each.dtype is not None), None)
+
+
+def _drop_unused_cast(graph: ir.Graph, value: ir.Value) -> None:
+    cast = value.producer()
+    if cast is not None and cast.op_type == "Cast" and not value.uses() and not value.is_graph_output():
+        graph.remove(cast, safe=True)
+
+
+def _narrow_output(graph: ir.Graph, product: ir.Node, narrow: ir.DataType) -> None:
+    """Cast a float32 product's output back for its users, but for those that cast it to float32."""
+    output = product.outputs[0]
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    for user, _ in tuple(output.uses()):
+        if user.op_type == "Cast" and user.attributes["to"].as_int() == ir.DataType.FLOAT.value:
+            cast = user.outputs[0]
+            if cast.is_graph_output():  # the logits: their name stays
+                continue
+            ir.convenience.replace_all_uses_with(cast, output)
+            graph.remove(user, safe=True)
+    users = [(user, index) for user, index in output.uses() if user.op_type != "Cast"]
+    if not users:
+        return
+    cast_back = _node("Cast", [output], {"to": narrow.value}, f"{product.name}/Cast", narrow)
+    graph.insert_after(product, cast_back)
+    for user, index in users:
+        user.replace_input_with(index, cast_back.outputs[0])
+
+
+def _node(kind: str, inputs: list[ir.Value], attributes: dict[str, int], name: str, dtype: ir.DataType) -> ir.Node:
+    node = ir.node(kind, inputs, attributes, name=name)
+    node.outputs[0].name, node.outputs[0].type = f"{name}_output_0", ir.TensorType(dtype)
+    return node
+
+
+def _constant(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(ir.tensor(data).dtype))
+    value.const_value = ir.tensor(data, name=name)
     graph.initializers[name] = value
     return value

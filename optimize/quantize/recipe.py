@@ -1,6 +1,5 @@
 """Quantization recipes: which type each weight is stored in. A recipe is one TOML file."""
 
-import dataclasses
 import fnmatch
 import importlib.resources
 import sys
@@ -142,6 +141,7 @@ class CheckpointRecipe:
 
     compute: as in a recipe; what the checkpoint has not quantized is stored in it.
     weights, lm_head: what most of the weights, and the vocabulary projection, are stored in.
+    activations: what the inputs of products are rounded to, by scales in the checkpoint; absent where none is.
     """
 
     description: str
@@ -149,6 +149,7 @@ class CheckpointRecipe:
     weights: StoredFormat
     lm_head: StoredFormat
     method: Literal["checkpoint"] = "checkpoint"
+    activations: Literal["int8", "float8e4m3fn"] | None = field(default=None, metadata=schema.LATER)
 
     @property
     def formats(self) -> tuple[StoredFormat, ...]:
@@ -161,7 +162,8 @@ class CheckpointRecipe:
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe for the manifest."""
-        return dataclasses.asdict(self)
+        tree: dict[str, Any] = schema.tree(self)
+        return tree
 
 
 AnyRecipe = Recipe | CheckpointRecipe

@@ -244,8 +244,11 @@ def make_compressed(checkpoint_folder: Path) -> Maker:
     ) -> Quantized:
         form, arguments = SCHEMES[scheme]
         args = QuantizationArgs(**arguments)
+        # Found as they come, so that no scale is stored; quantized/compressed.py has those that are.
         activations = (
-            None if form == "pack-quantized" else QuantizationArgs(num_bits=8, type=arguments.get("type", "int"))
+            None
+            if form == "pack-quantized"
+            else QuantizationArgs(num_bits=8, type=arguments.get("type", "int"), strategy="token", dynamic=True)
         )
         plan = QuantizationScheme(targets=["Linear"], weights=args, input_activations=activations)
         compressor = BaseCompressor.get_value_from_registry(form)

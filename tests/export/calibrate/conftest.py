@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "qwen2": {},
     "qwen3": {},
-    "phi3": {"sliding_window": 16, "pad_token_id": None, "hidden_size": 128},
+    "phi3": {"sliding_window": 16, "pad_token_id": None, "hidden_size": 128, "num_key_value_heads": 4},
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3": {
         **_GEMMA,

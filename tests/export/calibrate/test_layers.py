@@ -69,8 +69,12 @@ def test_statistics_are_those_of_all_inputs() -> None:
         gathered.add(torch.from_numpy(part))
     whole: Float32 = np.concatenate(parts)
     assert gathered.tokens == 12
-    assert np.allclose(gathered.hessian, whole.T @ whole / 12, atol=1e-5)
-    assert np.array_equal(gathered.max_abs, np.abs(whole).max(axis=0))
-    assert np.allclose(gathered.mean_abs, np.abs(whole).mean(axis=0), atol=1e-6)
-    assert len(gathered.rows) >= 4
-    assert {tuple(row[:3]) for row in gathered.rows} <= {tuple(row[:3]) for row in whole}
+    factors = rng.uniform(0.5, 2, 2100).astype(np.float32)
+    for inputs in (whole, whole / factors):
+        if inputs is not whole:
+            gathered.divide(factors)
+        assert np.allclose(gathered.hessian, inputs.T @ inputs / 12, atol=1e-5)
+        assert np.allclose(gathered.max_abs, np.abs(inputs).max(axis=0))
+        assert np.allclose(gathered.mean_square, np.square(inputs).mean(axis=0), atol=1e-6)
+        assert len(gathered.rows) >= 4
+        assert {tuple(row[:3]) for row in gathered.rows} <= {tuple(row[:3]) for row in inputs}

@@ -29,7 +29,8 @@ FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
 def logits(folder: Path, ids: Tensor) -> Tensor:
     """Return the logits of our reference: transformers with weights that were dequantized from the formats' description."""
     with torch.inference_mode():
-        return StreamedModel(open_checkpoint(folder)).model(ids, use_cache=False).logits
+        found: Tensor = StreamedModel(open_checkpoint(folder)).model(ids, use_cache=False).logits
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,9 +43,11 @@ def test_transformers_reads_it_as_the_reference_does(family: str, quantized_of: 
     assert (found - logits(folder, ids)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_export_and_verify_take_it(family: str, quantized_of: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(quantized_of(family))
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "awq") for family in FAMILIES), ("mistral", "gptq"), ("mistral", "search")]
+)
+def test_export_and_verify_take_it(family: str, method: str, quantized_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(quantized_of(family, method))
     bundle = export(checkpoint, choose_recipe(checkpoint, None, None), tmp_path / "bundle", chunk=8)
     assert bundle.manifest.recipe["weights"] == {"dtype": "int4", "block_size": 32}
     assert bundle.manifest.recipe["lm_head"]["dtype"] == "int8"
@@ -64,7 +67,9 @@ def test_calibration_loses_less_than_rounding_to_nearest(make_recipe: Callable[.
         found = torch.log_softmax(logits(made, ids), -1)
         return float((source.exp() * (source - found)).sum(-1).mean())
 
-    assert divergence("gptq") < 0.6 * divergence("nearest")
+    nearest = divergence("nearest")
+    assert divergence("gptq") < 0.6 * nearest
+    assert divergence("awq") < nearest
 
 
 def test_everything_but_the_products_is_as_in_the_source(
@@ -119,7 +124,14 @@ def test_mistrals_own_layout_gives_the_same_weights(
         parts = [own.get(part, part) for part in name.removeprefix("model.").split(".")]
         tensors[".".join(parts)] = tensor.contiguous()
     save_file(tensors, native / "consolidated.safetensors")
-    params = {"dim": 256, "n_layers": 4, "head_dim": 32, "hidden_dim": 640, "n_heads": 8, "n_kv_heads": 2}
+    params: dict[str, float] = {
+        "dim": 256,
+        "n_layers": 4,
+        "head_dim": 32,
+        "hidden_dim": 640,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+    }
     params |= {"norm_eps": 1e-5, "vocab_size": 2048, "rope_theta": 10000.0, "sliding_window": 128, "max_seq_len": 2048}
     (native / "params.json").write_text(json.dumps(params))
     shutil.copy(TINY / "tokenizer.json", native)
