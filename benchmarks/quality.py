@@ -57,12 +57,12 @@ def cases(work: Path) -> list[Case]:
     text = (_TINY / "held-out.txt").read_text("utf-8")
     cut = text.index("\n", len(text) // 2) + 1
     work.mkdir(parents=True, exist_ok=True)
-    halves = [work / "tiny-mistral-calibration.txt", work / "tiny-mistral-held-out.txt"]
-    for half, part in zip(halves, (text[:cut], text[cut:]), strict=True):
-        half.write_text(part, "utf-8")
+    calibration, held_out = (work / f"tiny-mistral-{part}.txt" for part in ("calibration", "held-out"))
+    calibration.write_text(text[:cut], "utf-8")
+    held_out.write_text(text[cut:], "utf-8")
     return [
         # Within the window of 128, as llama.cpp has no window for this architecture.
-        Case("tiny-mistral", _TINY, *halves, length=128),
+        Case("tiny-mistral", _TINY, calibration, held_out, length=128),
         Case("SmolLM2-135M-Instruct", smollm2, _TEXTS / "calibration.txt", _TEXTS / "held-out.txt", length=512),
     ]
 
@@ -154,8 +154,8 @@ def of_peer(python: Path, name: str, folder: Path, peer: str, *arguments: object
 
     def make() -> Row:
         with tempfile.TemporaryDirectory(dir=folder) as scratch, step(f"{folder.name}: {name}"):
-            command = [python, "-m", f"benchmarks.peer_quality_{peer}", *map(str, arguments), "--scratch", scratch]
-            found, said = child.stream([*command, "--logits"], partial(measured, folder))
+            command = [str(python), "-m", f"benchmarks.peer_quality_{peer}", *map(str, arguments)]
+            found, said = child.stream([*command, "--scratch", scratch, "--logits"], partial(measured, folder))
         if found is None:
             raise BackendError(f"{name}: it gave fewer logits than the source")
         return Row(tool=name, **found, **json.loads(said.splitlines()[-1]))

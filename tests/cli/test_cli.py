@@ -111,7 +111,9 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert measured.json["decode_tokens_per_s"] > 0
 
 
-def test_bench_beside_warns_of_the_slower_bundle(bundle: Path, bundle_of: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_beside_warns_of_the_slower_bundle(
+    bundle: Path, bundle_of: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The steps are real and only their times are not: what a test machine does meanwhile must not decide."""
     wide, real = bundle_of("fp32").path, bench._steps
 
