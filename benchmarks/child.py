@@ -7,12 +7,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from galerne.errors import BackendError
 
+Read = TypeVar("Read")
 ROOT = Path(__file__).resolve().parents[1]
 QUIET_CORES = 0.1  # what others may keep busy on a machine that counts as quiet
 _QUIET_S = 2.0
@@ -72,6 +74,33 @@ def run(command: Sequence[str | Path], *, cwd: Path = ROOT) -> Finished:
             sampler.peak_bytes,
             others,
         )
+
+
+def stream(command: Sequence[str | Path], read: Callable[[BinaryIO], Read]) -> tuple[Read, str]:
+    """Run a command that writes much, and read that as it comes, so that none of it lies on a disk.
+
+    Args:
+        command: gets one more argument, the path that it writes to.
+        read: is given the pipe, and reads it to its end.
+    Returns: what `read` did, and the command's stdout.
+    Raises: BackendError with the last line of its stderr, if its status is not 0.
+    """
+    end, begin = os.pipe()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        arguments = [*map(str, command), f"/dev/fd/{begin}"]
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=[begin]
+        )
+        os.close(begin)  # so that the pipe ends when the command does
+        with open(end, "rb") as pipe:
+            found = read(pipe)
+        status = process.wait()
+        out.seek(0)
+        err.seek(0)
+        if status != 0:
+            last = err.read().strip().rsplit("\n", 1)[-1]
+            raise BackendError(f"{shlex.join(arguments)}: ended with status {status}: {last}")
+        return found, out.read()
 
 
 class _Sampler:

@@ -9,7 +9,7 @@ import importlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -35,21 +35,20 @@ def product_bits(path: Path) -> float:
     return 8 * sum(int(each.n_bytes) for each in tensors) / sum(int(each.n_elements) for each in tensors)
 
 
-def write_logits(model_path: Path, ids: NDArray[np.int64], out: Path, threads: int) -> None:
-    """Write the logits [sequences, length, vocab_size] float32 after each token of each sequence."""
+def write_logits(model_path: Path, ids: NDArray[np.int64], file: BinaryIO, threads: int) -> None:
+    """Write the logits after each token of each sequence: float32 bytes, [sequences, length, vocab_size]."""
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(str(model_path).encode(), lib.llama_model_default_params())
     if not model:
         raise SystemExit(f"{model_path}: llama.cpp cannot load it")
     vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    sequences, length = ids.shape
+    length = ids.shape[1]
     params = lib.llama_context_default_params()
     params.n_ctx = params.n_batch = length
     params.n_threads = params.n_threads_batch = threads
     context = lib.llama_init_from_model(model, params)
     batch: Any = lib.llama_batch_init(length, 0, 1)
-    logits = np.lib.format.open_memmap(out, "w+", np.float32, (sequences, length, vocab_size))
-    for number, row in enumerate(ids):
+    for row in ids:
         batch.n_tokens = length
         for i, token in enumerate(row):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, 1, 1
@@ -57,8 +56,7 @@ def write_logits(model_path: Path, ids: NDArray[np.int64], out: Path, threads: i
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         if status := lib.llama_decode(context, batch):
             raise SystemExit(f"llama_decode: status {status}")
-        logits[number] = np.ctypeslib.as_array(lib.llama_get_logits(context), (length, vocab_size))
-    logits.flush()
+        file.write(np.ctypeslib.as_array(lib.llama_get_logits(context), (length, vocab_size)).tobytes())
 
 
 def main() -> None:
@@ -67,14 +65,15 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a float GGUF file")
     parser.add_argument("kind", choices=TYPES)
     parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="the logits, .npy; the model is written beside them")
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder for the quantized model")
+    parser.add_argument("--logits", type=argparse.FileType("wb"), required=True)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    model = args.out.with_suffix(".gguf")
+    model = args.scratch / "model.gguf"
     start = time.perf_counter()
     quantize(args.source, model, args.kind)
     seconds = time.perf_counter() - start
-    write_logits(model, np.load(args.ids), args.out, args.threads)
+    write_logits(model, np.load(args.ids), args.logits, args.threads)
     print(json.dumps({"size_bytes": model.stat().st_size, "product_bits": product_bits(model), "seconds": seconds}))
 
 

@@ -11,7 +11,8 @@ from galerne.errors import BackendError
 from galerne.progress import say, step
 
 GALERNE, LLAMA_CPP, GENAI, OPTIMUM = "Galerne", "llama.cpp", "onnxruntime-genai", "optimum-onnx"
-_PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai", OPTIMUM: "optimum-onnx"}
+MODELOPT = "nvidia-modelopt"
+_PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai", OPTIMUM: "optimum-onnx", MODELOPT: MODELOPT}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """`galerne bench`: how fast a bundle runs here."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from galerne.cli.output import BundlePath, Json, RunAdapter, Threads, emit, size
+from galerne.errors import InputError
+from galerne.progress import say
 
 
 def register(app: typer.Typer) -> None:
@@ -19,13 +22,23 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     decode_tokens: Annotated[int, typer.Option(help="Tokens to decode after it.", min=1)] = 40,
     adapter: RunAdapter = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Decode by turns with another bundle, such as the fp16 one, and warn if that is faster.",
+        ),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Measure prefill, decode, load and memory, beside the bound that this machine's bandwidth sets."""
     from galerne.runtime.bench import bench as run
+    from galerne.runtime.bench import bench_beside
     from galerne.runtime.model import Model
 
+    if adapter is not None and beside is not None:
+        raise InputError("--adapter and --beside: measure one at a time")
     model = Model.open(bundle, engine, threads=threads)
     result = run(
         model,
@@ -42,4 +55,14 @@ def bench(
         f"load     {result.load_s:.2f} s\n"
         f"memory   {size(result.peak_rss_bytes)} at its peak"
     )
-    emit(json, dataclasses.asdict(result), text)
+    data = dataclasses.asdict(result)
+    if beside is not None:
+        # After all else was measured, so that the other's memory is in none of it.
+        with Model.open(beside, threads=threads) as other:
+            turns = bench_beside(model, other, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
+        rates = f"{turns.decode_tokens_per_s:.1f} tokens/s to {beside}'s {turns.beside_tokens_per_s:.1f}"
+        text += f"\nbeside   {rates}, decoding by turns"
+        data |= {"beside": dataclasses.asdict(turns), "slower_than_beside": turns.slower}
+        if turns.slower:
+            say(f"warning: {bundle} decodes slower than {beside}: {rates}")
+    emit(json, data, text)

@@ -52,7 +52,7 @@ def quality(
     lines = (
         f"engine      {report.engine}\n"
         f"text        {report.tokens} tokens of {report.text}\n"
-        f"perplexity  {report.perplexity:.4g}, {ratio:.4f} of the source's {report.source_perplexity:.4g}\n"
+        f"perplexity  {report.perplexity:.4g}, {ratio:.4f} times the source's {report.source_perplexity:.4g}\n"
         f"KL          {report.mean_kl:.3g} nats on average, {report.p99_kl:.3g} at the 99th percentile\n"
         f"top-1       {report.top1_agreement:.2%} the same\n"
         f"size        {size(report.size_bytes)}"

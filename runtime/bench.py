@@ -13,9 +13,31 @@ from galerne.parallel import cores
 from galerne.runtime.adapter import Adapter
 from galerne.runtime.footprint import decode_weight_bytes, forms_of, seen_cache_bytes
 from galerne.runtime.model import Model
+from galerne.runtime.rows import Rows
 
 _PROBE_BYTES = 1 << 29
 _PROBE_ROUNDS = 5
+# Steps of a turn: the threads of the engine that ran before go on spinning for a moment, which the median step does not see.
+_TURN = 8
+_NOISE = 0.02  # the share that medians of the same bundle beside itself differ by on a quiet machine
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two bundles decoding by turns in one process, so that a machine that slows down slows both. Rates in tokens per second.
+
+    engine: what ran the other one.
+    decode_tokens_per_s: of the bundle. beside_tokens_per_s: of the other one.
+    """
+
+    engine: str
+    decode_tokens_per_s: float
+    beside_tokens_per_s: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether the bundle decodes slower than the other, by more than such a measurement is off by itself."""
+        return self.decode_tokens_per_s < self.beside_tokens_per_s * (1 - _NOISE)
 
 
 @dataclass(frozen=True)
@@ -43,23 +65,13 @@ def bench(
 
     Raises: InputError if the bundle's longest context is shorter.
     """
-    limit = model.graph.max_context
-    if limit is not None and prompt_tokens + decode_tokens > limit:
-        raise InputError(
-            f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens}: the longest context is {limit}"
-        )
-    random = np.random.default_rng(0)
-    prompt = random.integers(0, model.facts.vocab_size, prompt_tokens).tolist()
+    prompt = _prompt(model, prompt_tokens, decode_tokens)
     model.rows(adapter=adapter).feed([prompt[:32]])  # warm up
     rows = model.rows(adapter=adapter)
     start = time.perf_counter()
     rows.feed([prompt])
     prefill_s = time.perf_counter() - start
-    steps = []
-    for _ in range(decode_tokens):
-        start = time.perf_counter()
-        rows.feed([prompt[:1]])
-        steps.append(time.perf_counter() - start)
+    steps = _steps(rows, prompt[0], decode_tokens)
     peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
     length, bytes_per_value = prompt_tokens + decode_tokens, model.engine.dtype.itemsize
     forms = forms_of(model.bundle.manifest.recipe)
@@ -76,6 +88,43 @@ def bench(
         bandwidth_bytes_per_s=bandwidth,
         bound_tokens_per_s=bandwidth / read,
     )
+
+
+def bench_beside(model: Model, other: Model, *, prompt_tokens: int = 512, decode_tokens: int = 40) -> Beside:
+    """Decode with two bundles by turns, some steps each, after prompts of the same length; the median steps count.
+
+    Raises: InputError if one's longest context is shorter.
+    """
+    prompts = [_prompt(each, prompt_tokens, decode_tokens) for each in (model, other)]
+    rows = [each.rows() for each in (model, other)]
+    for each, prompt in zip(rows, prompts, strict=True):
+        each.feed([prompt])
+    steps: tuple[list[float], list[float]] = ([], [])
+    for first in range(0, decode_tokens, _TURN):
+        for each, prompt, found in zip(rows, prompts, steps, strict=True):
+            found += _steps(each, prompt[0], min(_TURN, decode_tokens - first))
+    own, beside = (1 / float(np.median(found)) for found in steps)
+    return Beside(other.engine.name, own, beside)
+
+
+def _prompt(model: Model, prompt_tokens: int, decode_tokens: int) -> list[int]:
+    limit = model.graph.max_context
+    if limit is not None and prompt_tokens + decode_tokens > limit:
+        raise InputError(
+            f"--prompt-tokens {prompt_tokens} and --decode-tokens {decode_tokens}: the longest context is {limit}"
+        )
+    ids: list[int] = np.random.default_rng(0).integers(0, model.facts.vocab_size, prompt_tokens).tolist()
+    return ids
+
+
+def _steps(rows: Rows, token: int, count: int) -> list[float]:
+    """Decode the same token `count` times and return the seconds that each step took."""
+    found = []
+    for _ in range(count):
+        start = time.perf_counter()
+        rows.feed([[token]])
+        found.append(time.perf_counter() - start)
+    return found
 
 
 def memory_bandwidth() -> float:

@@ -10,6 +10,7 @@ from galerne.export.quality.report import Beside, QualityReport
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 720, 220, 56, 24, 28
 _ROOM = _WIDTH - _LEFT - _RIGHT
 _LABEL = 60  # characters of a recipe's description
+_HALO = 'paint-order="stroke" stroke="#fff" stroke-width="3"'  # so that a label can be read over a bar
 _BLUE, _ORANGE, _GRID = "#2f6db5", "#d1762c", "#d9dee6"
 
 
@@ -25,7 +26,7 @@ def html(report: QualityReport, beside: Sequence[Beside] = ()) -> str:
         "Engine": report.engine,
         "Recipe": report.recipe,
         "Text": f"{report.text}, {report.tokens} tokens in {report.sequences} sequences",
-        "Perplexity": f"{report.perplexity:.4g}, the source's is {report.source_perplexity:.4g}: {ratio:.4f} of it",
+        "Perplexity": f"{report.perplexity:.4g}, {ratio:.4f} times the source's {report.source_perplexity:.4g}",
         "KL, nats": f"mean {report.mean_kl:.3g}, 99th percentile {report.p99_kl:.3g}",
         "Top-1 agreement": f"{report.top1_agreement:.2%}",
         "Size": f"{report.size_bytes / 1e6:.1f} MB",
@@ -33,14 +34,25 @@ def html(report: QualityReport, beside: Sequence[Beside] = ()) -> str:
     }
     parts = [f'<p class="why">{escape(line)}</p>' for line in report.failures]
     parts += [
-        "<h2>Relative error of each layer's output: blue what the layer adds, orange in all</h2>",
+        "<h2>Relative error of each layer's output</h2>",
+        _key((_BLUE, "what the layer's own weights add"), (_ORANGE, "with what all layers before it made of theirs")),
         _layers(report),
+        "<h2>Positions by KL(source, bundle) in nats</h2>",
+        _histogram(report),
     ]
-    parts += ["<h2>Positions by KL in nats</h2>", _histogram(report)]
     points = [Beside(report.recipe, report.size_bytes, report.mean_kl), *beside]
     if len(points) > 1:
-        parts += ["<h2>Mean KL in nats by size in MB; orange is this bundle</h2>", _sizes(points)]
+        parts += [
+            "<h2>Mean KL in nats by size in MB</h2>",
+            _key((_ORANGE, "this bundle"), (_BLUE, "others")),
+            _sizes(points),
+        ]
     return page("Quality", report.passed, facts, "\n".join(parts))
+
+
+def _key(*colours: tuple[str, str]) -> str:
+    """Return what the colours of a plot stand for."""
+    return "<p>" + " &nbsp; ".join(f'<b style="color: {colour}">■</b> {text}' for colour, text in colours) + "</p>"
 
 
 def _layers(report: QualityReport) -> str:
@@ -58,14 +70,22 @@ def _layers(report: QualityReport) -> str:
 
 def _histogram(report: QualityReport) -> str:
     edges, counts = report.histogram.edges, report.histogram.counts
-    top, step = max(counts) or 1, _ROOM / len(counts)
-    marks = [_bar(_LEFT + i * step, step * 0.9, count / top, _BLUE) for i, count in enumerate(counts)]
-    # A decade's edge has a whole logarithm.
-    ticks = [
-        (_LEFT + i * step, f"{edge:.0e}")
-        for i, edge in enumerate(edges)
-        if abs(math.log10(edge) - round(math.log10(edge))) < 1e-6
-    ]
+    # Without the empty ends, from decade to decade: a decade's edge has a whole logarithm.
+    decades = [i for i, edge in enumerate(edges) if abs(math.log10(edge) - round(math.log10(edge))) < 1e-6]
+    filled = [i for i, count in enumerate(counts) if count] or [0]
+    first = max(i for i in decades if i <= filled[0])
+    last = min(i for i in decades if i > filled[-1])
+    shown, top, step = counts[first:last], max(counts) or 1, _ROOM / (last - first)
+    marks = [_bar(_LEFT + i * step, step * 0.9, count / top, _BLUE) for i, count in enumerate(shown)]
+    ticks = [(_LEFT + (i - first) * step, f"{edges[i]:g}") for i in decades if first <= i <= last]
+    per_nat = (last - first) / math.log10(edges[last] / edges[first])
+    for name, value, level in (("mean", report.mean_kl, 20), ("99th percentile", report.p99_kl, 34)):
+        if edges[first] <= value <= edges[last]:
+            x = _LEFT + math.log10(value / edges[first]) * per_nat * step
+            marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{level - 10}" y2="{_y(0):.1f}" stroke="{_ORANGE}"/>')
+            anchor, off = ("end", -5) if x > _LEFT + _ROOM * 0.8 else ("start", 5)
+            label = f"{name} {value:.3g}"
+            marks.append(f'<text x="{x + off:.1f}" y="{level}" text-anchor="{anchor}" {_HALO}>{label}</text>')
     return _plot(marks, ticks, [(share, f"{share * top:.0f}") for share in (0, 0.5, 1)])
 
 
@@ -83,7 +103,7 @@ def _sizes(points: Sequence[Beside]) -> str:
         marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_ORANGE if i == 0 else _BLUE}"/>')
         # The text goes to the side where there is more room.
         anchor, beside = ("start", 8) if x < _LEFT + _ROOM / 2 else ("end", -8)
-        label = escape(point.recipe[:_LABEL])
+        label = escape(point.recipe if len(point.recipe) <= _LABEL else point.recipe[: _LABEL - 1] + "…")
         marks.append(f'<text x="{x + beside:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{label}</text>')
     ticks = [(_LEFT + _ROOM * share, f"{(smallest + share * (largest - smallest)) / 1e6:.3g}") for share in (0, 0.5, 1)]
     return _plot(marks, ticks, [(share, f"{10 ** (low + share * (high - low)):.2g}") for share in (0, 0.5, 1)])

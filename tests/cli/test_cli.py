@@ -18,7 +18,9 @@ from galerne.cli import main
 from galerne.cli.export import Precision
 from galerne.errors import BackendError, CheckFailed, InputError
 from galerne.optimize.quantize.recipe import PRECISIONS
+from galerne.runtime import bench
 from galerne.runtime.bundle import Bundle
+from galerne.runtime.rows import Rows
 
 Adapt = Callable[..., Any]
 Bundles = Callable[[str], Bundle]
@@ -105,8 +107,36 @@ def test_the_whole_way(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert shown.json["hashes_hold"] is True
     assert shown.json["model"]["layer_windows"] == [16, 16]
     assert shown.json["engines"] == ["cpu"]
-    bench = Ran("bench", out, "--prompt-tokens", 20, "--decode-tokens", 3, "--json")
-    assert bench.json["decode_tokens_per_s"] > 0
+    measured = Ran("bench", out, "--prompt-tokens", 20, "--decode-tokens", 3, "--json")
+    assert measured.json["decode_tokens_per_s"] > 0
+
+
+def test_bench_beside_warns_of_the_slower_bundle(
+    bundle: Path, bundle_of: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps are real and only their times are not: what a test machine does meanwhile must not decide."""
+    wide, real = bundle_of("fp32").path, bench._steps
+
+    def steps(rows: Rows, token: int, count: int) -> list[float]:
+        return [0.02 if rows.model.bundle.path == bundle else 0.01 for _ in real(rows, token, count)]
+
+    monkeypatch.setattr(bench, "_steps", steps)
+    sizes = ("--prompt-tokens", 20, "--decode-tokens", 11, "--json")
+    slower, faster = Ran("bench", bundle, "--beside", wide, *sizes), Ran("bench", wide, "--beside", bundle, *sizes)
+    assert (slower.status, slower.json["slower_than_beside"]) == (0, True)
+    rates = {"engine": "portable", "decode_tokens_per_s": 50.0, "beside_tokens_per_s": 100.0}
+    assert slower.json["beside"] == rates
+    assert f"warning: {bundle} decodes slower than {wide}: 50.0 tokens/s to" in slower.err
+    assert (faster.status, faster.json["slower_than_beside"]) == (0, False)
+    assert "warning" not in faster.err
+    alone = Ran("bench", bundle, *sizes)
+    assert "slower_than_beside" not in alone.json
+    assert Ran("bench", bundle, "--beside", wide, "--adapter", bundle).status == 2
+
+
+@pytest.mark.parametrize(("rate", "slower"), [(100.0, False), (99.0, False), (97.0, True), (130.0, False)])
+def test_a_bundle_is_slower_by_more_than_noise(rate: float, slower: bool) -> None:
+    assert bench.Beside("cpu", rate, 100.0).slower is slower
 
 
 def test_synth(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def test_float32_costs_nothing_and_int4_more_than_int8(tiny_bundle_of: Callable[
     assert int4.layers[-1].total > int8.layers[-1].total
 
 
+def test_the_limits_that_ship_are_kept_by_the_example(tiny_bundle: Bundle) -> None:
+    limits = load(TINY.parent / "quality.toml")
+    assert all(limit is not None for limit in vars(limits).values())
+    report = measured(tiny_bundle, limits)
+    assert report.passed, report.failures
+
+
 def test_a_lost_window_shows(tiny_bundle_of: Callable[[str], Bundle], tmp_path: Path) -> None:
     """The planted fault changes nothing at short positions, and the text is longer than those."""
     good = tiny_bundle_of("fp32")
