@@ -82,8 +82,8 @@ TABLE: dict[Arithmetic, Tolerance] = {
 def arithmetic(recipe: AnyRecipe, engine: str) -> Arithmetic:
     """Return what a bundle of a recipe computes with in an engine.
 
-    The reference's weights, and inputs where the checkpoint rounds them, are rounded alike, so what is left is the arithmetic's own
-    error: the `cpu` engine widens floats to float32 and multiplies quantized weights with activations rounded to int8.
+    The reference's weights, and inputs where the checkpoint rounds them, are rounded alike, so what is left is the arithmetic's
+    own error: the `cpu` engine widens floats to float32 and multiplies quantized weights with activations rounded to int8.
     """
     if recipe.activations is not None:
         return "rounded inputs"

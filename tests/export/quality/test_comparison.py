@@ -63,7 +63,7 @@ def test_logits_are_measured_as_they_come_from_a_child(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.zeros((2, 8), np.int64))
     (tmp_path / "raw").write_bytes(logits.tobytes())
     code = "import sys; open(sys.argv[2], 'wb').write(open(sys.argv[1], 'rb').read()); print('made')"
-    command = [sys.executable, "-c", code, tmp_path / "raw"]
+    command: list[str | Path] = [sys.executable, "-c", code, tmp_path / "raw"]
     found, said = child.stream(command, lambda pipe: measured(tmp_path, pipe))
     assert said == "made\n"
     assert found == {"perplexity_ratio": 1.0, "mean_kl": 0.0, "p99_kl": 0.0, "top1_agreement": 1.0}
