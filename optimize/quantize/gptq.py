@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from galerne.errors import InputError
+from galerne.optimize.quantize.cholesky import factorize
 from galerne.optimize.quantize.rounding import LEVELS, Float16, Float32, Int8
 from galerne.optimize.quantize.search import searched_scales
 
@@ -62,16 +63,17 @@ def _check(weight: Float32, hessian: Float32, block: int, name: str) -> None:
 def _factor(hessian: Float32, damping: float, name: str) -> tuple[npt.NDArray[np.intp], Float32, Float32]:
     """Return the order of channels, the factor [in, in] of the damped Hessian in it, and the damped diagonal [in].
 
-    Channels with small inputs come first, so that they are rounded last. The factor is L[j, k] / L[k, k].
+    Channels with small inputs come first, so that they are rounded last. The factor is L[j, k] / L[k, k]; above its diagonal it
+    holds no meaning.
     """
     diagonal = np.diagonal(hessian)
     mean = float(diagonal.mean()) or 1.0
     order = np.argsort(diagonal, kind="stable")
-    ordered = hessian[np.ix_(order, order)]
     while damping <= _LIMIT:
-        np.fill_diagonal(ordered, diagonal[order] + damping * mean)
+        factor = hessian[np.ix_(order, order)]
+        np.fill_diagonal(factor, diagonal[order] + damping * mean)
         try:
-            factor = np.linalg.cholesky(ordered)
+            factorize(factor)
         except np.linalg.LinAlgError:
             damping *= _RAISE
             continue
