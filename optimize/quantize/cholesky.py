@@ -1,6 +1,7 @@
 """Cholesky factors of large matrices in float32, in place.
 
-numpy's own works in float64 on copies, which takes seven times the matrix: 5.8 GB for the 14,336 inputs of a 7B's down projection.
+numpy's own works in float64 on copies, which takes seven times the matrix: 5.8 GB for the 14,336 inputs of a 7B's down
+projection.
 """
 
 import numpy as np

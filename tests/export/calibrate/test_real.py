@@ -1,4 +1,4 @@
-"""A real model out of a GGUF file, its vocabulary projection tied: quantized on text, exported, verified, read by transformers."""
+"""A real model from a GGUF file, its vocabulary projection tied: quantized, exported, verified, and read by transformers."""
 
 import importlib.util
 from collections.abc import Callable
