@@ -8,7 +8,7 @@ from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import InputKind, PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
-from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
+from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, Recipe, StoredFormat, load
 
 _HEAD = "lm_head.weight"
 
@@ -38,10 +38,15 @@ def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | N
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: AnyRecipe) -> None:
-    """Raises: InputError if the recipe would round weights that were rounded before, or keep what is not there."""
+    """Raises: InputError if the recipe would round weights that were rounded before, keep what is not there, or round inputs."""
     if (checkpoint.quantization is not None) != isinstance(recipe, CheckpointRecipe):
         raise InputError(
             f"{checkpoint.path}: {checkpoint.quantization or 'not quantized'}: the recipe is for another checkpoint"
+        )
+    if isinstance(recipe, Recipe) and recipe.activations is not None:
+        raise InputError(
+            f"{checkpoint.path}: the recipe rounds inputs, whose scales come from calibration text: galerne quantize, and then "
+            "export what it makes"
         )
 
 
