@@ -8,7 +8,8 @@ from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import InputKind, PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
-from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
+from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, StoredOverride, load
+from galerne.runtime.footprint import is_router
 
 _HEAD = "lm_head.weight"
 
@@ -53,6 +54,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     Raises: InputError if a weight is stored in a way that cannot be kept.
     """
     forms: Counter[StoredFormat] = Counter()
+    stored = {name: StoredFormat("float16") for name in _products(checkpoint)}
     inputs: Counter[InputKind] = Counter()
     head = StoredFormat("float16")
     for name in checkpoint.parts:
@@ -65,6 +67,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
             head = form
         else:
             forms[form] += packed.shape[0] * packed.shape[1]
+            stored[name] = form
         checkpoint.release(name)
     if not forms:
         raise InputError(
@@ -86,7 +89,17 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
         weights,
         head,
         activations=activations,
+        overrides=tuple(StoredOverride(name, form) for name, form in sorted(stored.items()) if form != weights),
     )
+
+
+def _products(checkpoint: QuantizedCheckpoint) -> list[str]:
+    """Return the names of the layers' linear weights."""
+    return [
+        name
+        for name, shape in checkpoint.shapes().items()
+        if len(shape) == 2 and name.startswith("model.layers.") and name.endswith(".weight") and not is_router(name)
+    ]
 
 
 def stored_format(packed: PackedTensor) -> StoredFormat:
