@@ -23,7 +23,7 @@ _RAISE, _LIMIT = 10, 1e4
 
 
 def gptq(
-    weight: Float32, hessian: Float32, bits: int, block: int, *, damping: float = 0.1, name: str = "weight"
+    weight: Float32, hessian: Float32, bits: int, block: int, *, damping: float = 0.01, name: str = "weight"
 ) -> tuple[Int8, Float16]:
     """Round a weight so that its product with the calibration inputs changes least.
 

@@ -26,7 +26,7 @@ def error(weight: np.ndarray, rounded: tuple[np.ndarray, np.ndarray], hessian: n
 
 
 def by_the_inverse(
-    weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, bits: int, damping: float = 0.1
+    weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, bits: int, damping: float = 0.01
 ) -> np.ndarray:
     """Return the values that Frantar et al.'s algorithm 1 gives in float64, one channel after the other, none in blocks."""
     low, high = {4: (-8, 7), 8: (-127, 127)}[bits]
@@ -96,9 +96,9 @@ def test_a_hessian_that_damping_cannot_mend_is_refused() -> None:
 def test_damping_is_raised_until_there_is_a_factor() -> None:
     weight, hessian = problem(4, 64, 1000)
     smallest = np.linalg.eigvalsh(hessian)[0]
-    hessian -= np.eye(64, dtype=np.float32) * (smallest + 0.5 * np.diagonal(hessian).mean())
+    hessian -= np.eye(64, dtype=np.float32) * (smallest + 0.05 * np.diagonal(hessian).mean())
     with pytest.raises(np.linalg.LinAlgError):
-        np.linalg.cholesky(hessian + 0.1 * np.eye(64) * np.diagonal(hessian).mean())
+        np.linalg.cholesky(hessian + 0.01 * np.eye(64) * np.diagonal(hessian).mean())
     values, _ = gptq(weight, hessian, 4, 64)
     assert len(np.unique(values)) > 8
 
