@@ -24,7 +24,7 @@ def searched_scales(weight: Float32, bits: int, block: int, importance: Float32 
         weight: [out, in].
         bits: 4 (-8..7) or 8 (-127..127).
         block: how many weights along `in` share a scale; it divides `in`.
-        importance: [in], positive: by how much a channel's errors count; None for all alike.
+        importance: [in], not negative: by how much a channel's errors count; None for all alike.
     Returns: [out, in // block], positive. As with `scales_of` a block of zeros has the scale 1, and one that is not finite a
         scale that is not. A block's scale depends on that block alone.
     """
@@ -32,7 +32,9 @@ def searched_scales(weight: Float32, bits: int, block: int, importance: Float32 
     rows = max(1, _TILE // weight.shape[1])
     counts = None
     if importance is not None:
-        counts = np.tile((importance / importance.mean()).reshape(-1, block), (rows, 1))  # no sum of them underflows
+        counts = np.tile(
+            (importance / (importance.mean() or 1)).reshape(-1, block), (rows, 1)
+        )  # no sum of them underflows
     for first in range(0, len(weight), rows):
         tile = weight[first : first + rows].reshape(-1, block)
         found = _search(np.ascontiguousarray(tile), bits, counts)

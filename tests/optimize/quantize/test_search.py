@@ -95,3 +95,10 @@ def test_weights_on_a_grid_are_kept() -> None:
 def test_what_a_method_finds_scales_by() -> None:
     assert scales_by("search", 4) is searched_scales
     assert scales_by("nearest", 4) is scales_by("search", 8) is scales_of
+
+
+def test_channels_that_do_not_count_leave_the_scale_that_clips_nothing() -> None:
+    weight, counts = weights(4, 128), np.ones(128, np.float32)
+    counts[64:] = 0
+    assert np.array_equal(searched_scales(weight, 4, 64, counts)[:, 1], scales_of(weight, 4, 64)[:, 1])
+    assert np.array_equal(searched_scales(weight, 4, 64, 0 * counts), scales_of(weight, 4, 64))
