@@ -41,7 +41,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
         ["adapters", f"{len(graph.adapter_slots)} slots" if graph.adapter_slots else "no slots"],
         ["recipe", str(manifest.recipe["description"])],
-        *([["weights", ", ".join(f"{form} {size(held)}" for form, held in formats.items())]] if formats else []),
+        ["weights", ", ".join(f"{form} {size(held)}" for form, held in formats.items())],
         ["parity", ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items()) or "not verified yet"],
         ["engines", ", ".join(opened.engines()) or "none; the portable graph runs"],
         ["hashes", "hold"],
@@ -57,11 +57,9 @@ def _share(layer_windows: tuple[int | None, ...], window: int | None) -> str:
 
 
 def _formats(manifest: "Manifest") -> dict[str, int]:
-    """Return the bytes of products' weights by what they are stored in; empty where the checkpoint says that and no recipe."""
+    """Return the bytes of products' weights by what they are stored in."""
     from galerne.runtime.footprint import forms_of, stored_products
 
-    if manifest.recipe.get("method") == "checkpoint":
-        return {}
     found: Counter[str] = Counter()
     for product in stored_products(manifest.model, forms_of(manifest.recipe)):
         dtype, block = product.form

@@ -95,6 +95,8 @@ def export(
                 source_hashes.used(done * bytes_per_weight)
 
             written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, advance, threads)
+        # int4 and blocks need a newer DequantizeLinear than the primitive dialect's other operators do.
+        facts = dataclasses.replace(facts, opset=max(facts.opset, opset_of(model.graph)))
         model.opset_imports[""] = facts.opset
         ir.save(model, folder / GRAPH)
         for file, data in sorted(tokenizer.items()):
@@ -138,9 +140,7 @@ def graph_facts(
     limit = math.inf if max_context is None else max_context
     chunk = int(min(chunk, limit))
     capacities = tuple(int(limit if window is None else min(window + chunk, limit)) for window in windows)
-    # int4 needs a newer DequantizeLinear than the primitive dialect's other operators do.
-    opset = max(dialect_module(dialect).OPSET, opset_of(recipe))
-    return GraphFacts(dialect, opset, recipe.compute, chunk, capacities, max_context)
+    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacities, max_context)
 
 
 def check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,16 @@ from galerne.export.calibrate.record import read_record
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.packed import InputKind, PackedTensor
 from galerne.export.checkpoint.quantized_folder import QuantizedCheckpoint
-from galerne.optimize.quantize.recipe import PRECISIONS, AnyRecipe, CheckpointRecipe, StoredFormat, load
+from galerne.optimize.quantize.recipe import (
+    PRECISIONS,
+    AnyRecipe,
+    CheckpointRecipe,
+    Recipe,
+    StoredFormat,
+    StoredOverride,
+    load,
+)
+from galerne.runtime.footprint import is_router
 
 _HEAD = "lm_head.weight"
 
@@ -38,10 +47,14 @@ def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | N
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: AnyRecipe) -> None:
-    """Raises: InputError if the recipe would round weights that were rounded before, or keep what is not there."""
+    """Raises: InputError if the recipe would round weights that were rounded before, keep what is not there, or needs text."""
     if (checkpoint.quantization is not None) != isinstance(recipe, CheckpointRecipe):
         raise InputError(
             f"{checkpoint.path}: {checkpoint.quantization or 'not quantized'}: the recipe is for another checkpoint"
+        )
+    if isinstance(recipe, Recipe) and recipe.calibrated:
+        raise InputError(
+            f"{checkpoint.path}: the recipe needs calibration text: galerne quantize, and then export what it makes"
         )
 
 
@@ -53,6 +66,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
     Raises: InputError if a weight is stored in a way that cannot be kept.
     """
     forms: Counter[StoredFormat] = Counter()
+    stored = {name: StoredFormat("float16") for name in _products(checkpoint)}
     inputs: Counter[InputKind] = Counter()
     head = StoredFormat("float16")
     for name in checkpoint.parts:
@@ -65,6 +79,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
             head = form
         else:
             forms[form] += packed.shape[0] * packed.shape[1]
+            stored[name] = form
         checkpoint.release(name)
     if not forms:
         raise InputError(
@@ -86,7 +101,17 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
         weights,
         head,
         activations=activations,
+        overrides=tuple(StoredOverride(name, form) for name, form in sorted(stored.items()) if form != weights),
     )
+
+
+def _products(checkpoint: QuantizedCheckpoint) -> list[str]:
+    """Return the names of the layers' linear weights."""
+    return [
+        name
+        for name, shape in checkpoint.shapes().items()
+        if len(shape) == 2 and name.startswith("model.layers.") and name.endswith(".weight") and not is_router(name)
+    ]
 
 
 def stored_format(packed: PackedTensor) -> StoredFormat:

@@ -104,6 +104,8 @@ def _alternative(departure: Departure, use: Use | None, parsers: _Parsers, targe
     if departure.kind == _DEVICE:
         fitting = [name for name, needed in _PRECISIONS.items() if needed <= set(stack.types)]
         ways.append(f"export with --precision {' or '.join(fitting)}")
+        if departure.found == "fp8" and "int8" in stack.types:
+            ways.append("quantize with --recipe int8-w8a8")
     if use is not None:
         others = [s.name for s in target.stacks if s != stack and not parsers.departures(s, [use])]
         if others:

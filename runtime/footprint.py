@@ -21,6 +21,11 @@ _WILDCARD = re.compile(r"[*?[]")
 T = TypeVar("T")
 
 
+def is_router(weight: str) -> bool:
+    """Whether a weight of the checkpoint chooses experts."""
+    return weight.endswith(_ROUTER)
+
+
 def choose_form(weight: str, overrides: Iterable[tuple[str, T]], lm_head: T, weights: T, compute: T) -> T:
     """Return how a linear weight is stored, by its name in the checkpoint: as the first override says whose pattern matches it.
 
@@ -30,7 +35,7 @@ def choose_form(weight: str, overrides: Iterable[tuple[str, T]], lm_head: T, wei
         overrides: patterns, with * and ? as in a shell, and what they stand for.
         lm_head, weights: of the vocabulary projection, and of the rest. compute: of what is not quantized.
     """
-    if weight.endswith(_ROUTER):
+    if is_router(weight):
         return compute
     for pattern, form in overrides:
         if fnmatch.fnmatchcase(weight, pattern):
@@ -175,7 +180,7 @@ def all_products(model: ModelFacts) -> tuple[Product, ...]:
 def weight_names(model: ModelFacts) -> tuple[str, ...]:
     """Return the names in the checkpoint of the weights that a recipe gives a form, so without routers."""
     names = (name for product in all_products(model) for name, _ in product.parts)
-    return tuple(name for name in names if not name.endswith(_ROUTER))
+    return tuple(name for name in names if not is_router(name))
 
 
 def stored_products(model: ModelFacts, forms: Forms) -> tuple[StoredProduct, ...]:

@@ -10,7 +10,7 @@ from galerne.optimize.fit.bounds import decode_bound
 from galerne.optimize.fit.device import Device, device_of
 from galerne.optimize.fit.fit import Fit, fit
 from galerne.optimize.fit.workload import Workload
-from galerne.optimize.quantize.recipe import AnyRecipe, load, names
+from galerne.optimize.quantize.recipe import AnyRecipe, Recipe, load, names
 from galerne.runtime.footprint import decode_weight_bytes, forms_of
 from galerne.runtime.manifest import ModelFacts
 from galerne.targets.target import Stack, Target
@@ -164,9 +164,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _width(model: ModelFacts, recipe: AnyRecipe) -> tuple[int, bool]:
-    """Return what recipes are ordered by: the bytes of their products, and of two alike float16 before bfloat16."""
-    return decode_weight_bytes(model, forms_of(recipe.resolved())), recipe.compute == "float16"
+def _width(model: ModelFacts, recipe: AnyRecipe) -> tuple[int, bool, bool]:
+    """Return what recipes are ordered by: the bytes of their products; of two alike float16, and what needs no text, go first."""
+    calibrated = isinstance(recipe, Recipe) and recipe.calibrated
+    return decode_weight_bytes(model, forms_of(recipe.resolved())), recipe.compute == "float16", not calibrated
 
 
 def _bytes(recipe: AnyRecipe) -> float:

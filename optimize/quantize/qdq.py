@@ -6,8 +6,6 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from galerne.optimize.quantize.recipe import AnyRecipe, CheckpointRecipe
-
 VALUES_SUFFIX, SCALE_SUFFIX, ZERO_POINT_SUFFIX = "_quantized", "_scale", "_zero_point"
 INPUT_SCALE_SUFFIX, INPUT_ZERO_POINT_SUFFIX = "_input_scale", "_input_zero_point"
 
@@ -20,15 +18,20 @@ class RoundedInput:
     scale: float
 
 
-def opset_of(recipe: AnyRecipe) -> int:
-    """Return the first ONNX opset whose DequantizeLinear reads a recipe's weights.
+def opset_of(graph: ir.Graph) -> int:
+    """Return the first ONNX opset whose DequantizeLinear reads a graph's weights.
 
-    Source: ONNX's changelog of operators. int4 and blocks came in 21, scales in float16 and bfloat16 in 19.
+    Source: ONNX's changelog of operators. int4 and blocks came in 21, float8 and scales in float16 and bfloat16 in 19.
     """
-    if isinstance(recipe, CheckpointRecipe):  # any weight may be in blocks
+    quantized = [node for node in graph if node.op_type == "DequantizeLinear"]
+    fours = (ir.DataType.INT4, ir.DataType.UINT4)
+    if any("block_size" in node.attributes or _dtype(node.inputs[0]) in fours for node in quantized):
         return 21
-    bits = {form.bits for form in recipe.formats}
-    return 21 if 4 in bits else 19 if 8 in bits else 1
+    return 19 if quantized else 1
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    return None if value is None else value.dtype
 
 
 def insert_dequantize(
@@ -129,7 +132,7 @@ def _type_of(value: ir.Value) -> ir.DataType | None:
     node = value.producer()
     if value.dtype is not None or node is None or node.op_type not in ("RMSNormalization", "Mul"):
         return value.dtype
-    return next((each.dtype for each in node.inputs if each is not None and each.dtype is not None), None)
+    return next((dtype for dtype in map(_dtype, node.inputs) if dtype is not None), None)
 
 
 def _drop_unused_cast(graph: ir.Graph, value: ir.Value) -> None:

@@ -136,12 +136,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class StoredOverride:
+    """What a weight is stored in that is not stored as most are. match: its name in the checkpoint."""
+
+    match: str
+    format: StoredFormat
+
+
+@dataclass(frozen=True)
 class CheckpointRecipe:
     """What stands in place of a recipe where the checkpoint was quantized before: its weights are kept as they are.
 
     compute: as in a recipe; what the checkpoint has not quantized is stored in it.
     weights, lm_head: what most of the weights, and the vocabulary projection, are stored in.
     activations: what the inputs of products are rounded to, by scales in the checkpoint; absent where none is.
+    overrides: the weights of layers that are stored otherwise; absent for none.
     """
 
     description: str
@@ -150,11 +159,12 @@ class CheckpointRecipe:
     lm_head: StoredFormat
     method: Literal["checkpoint"] = "checkpoint"
     activations: Literal["int8", "float8e4m3fn"] | None = field(default=None, metadata=schema.LATER)
+    overrides: tuple[StoredOverride, ...] = field(default=(), metadata=schema.LATER)
 
     @property
     def formats(self) -> tuple[StoredFormat, ...]:
         """The formats that it names."""
-        return self.weights, self.lm_head
+        return self.weights, self.lm_head, *(override.format for override in self.overrides)
 
     def format_for(self, weight: str) -> WeightFormat:
         """Return the format of a linear weight that the checkpoint has not quantized."""

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 
 from galerne.cli.main import run
+from galerne.export.calibrate.quantize import quantize
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.facts import read_facts
+from galerne.export.parity.verify import verify
+from galerne.export.prequantized import choose_recipe
 from galerne.export.quality.quality import measure
 from galerne.export.quality.thresholds import Thresholds
 from galerne.optimize.fit.choice import Case
 from galerne.optimize.quantize.recipe import Recipe, WeightFormat, load
 from galerne.runtime.bundle import WEIGHTS
+from galerne.runtime.footprint import forms_of, weight_names
 from galerne.targets import target as targets
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mistral"
@@ -236,3 +240,24 @@ def test_smollm2_at_the_size_of_int4(tmp_path: Path, capsys: pytest.CaptureFixtu
         for each in (plain, mix)
     ]
     assert found[1] < found[0] / 3
+
+
+@pytest.mark.slow
+def test_a_calibrated_mix_goes_through_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was chosen is what the quantized checkpoint and its bundle hold, and calibration makes it no worse."""
+    size, out = 2_900_000, tmp_path / "mine.toml"
+    ran = Ran(capsys, TINY, *FAST, "--max-size", size, "--recipe", "int4-gptq", "--out", out, "--json")
+    assert ran.status == 0, ran.err
+    recipe, original, folder = load(str(out)), open_checkpoint(TINY), tmp_path / "quantized"
+    quantize(original, recipe, "mine", HELD_OUT, folder, tokens=2048, length=256)
+    source = open_checkpoint(folder)
+    bundle = export(source, choose_recipe(source, None, None), tmp_path / "bundle")
+    assert bundle.manifest.files[WEIGHTS].size <= size
+    forms = forms_of(bundle.manifest.recipe)
+    for name in weight_names(bundle.manifest.model):
+        asked, found = recipe.format_for(name), forms.form_for(name)
+        block = None if asked.block_size is None else asked.block_for(original.shapes()[name][1], name)
+        assert (found.dtype, found.block_size) == (asked.dtype, block), name
+    assert verify(bundle, source).passed
+    report = measure(bundle, original, HELD_OUT, limits=Thresholds(), tokens=512, length=256)
+    assert report.mean_kl < 1.2 * ran.json["mean_kl"]

@@ -19,6 +19,7 @@ from galerne.export.parity.verify import verify
 from galerne.optimize.builders.build import build
 from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
 from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.footprint import forms_of, stored_weight_bytes
 from galerne.targets import target
 
 Maker = Callable[..., Any]
@@ -218,6 +219,13 @@ def test_a_float_beside_its_quantized_neighbours(make_compressed: Maker, exporte
     for name, weight in check.items():
         assert torch.equal(weight.half().float(), fused(made.weights, name)), name
     check_verified(bundle, made.folder)
+    # So sizes that are counted from the recipe are those of the file.
+    assert [override["match"] for override in bundle.manifest.recipe["overrides"]] == [
+        f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(2)
+    ]
+    graph = onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph
+    held = [int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"]
+    assert stored_weight_bytes(bundle.manifest.model, forms_of(bundle.manifest.recipe)) == sum(held)
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq act-order"])

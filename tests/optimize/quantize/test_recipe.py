@@ -142,7 +142,7 @@ def test_floats_have_no_method_and_no_rounded_activations(tmp_path: Path) -> Non
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(
         InputError,
-        match="'int5': unknown; there are bf16, fp16, fp32, int4-awq, int4-gptq, int4-rtn, int4-search, int8",
+        match="'int5': unknown; there are bf16, fp16, fp32, fp8, int4-awq, int4-gptq, int4-rtn, int4-search, int8, int8-w8a8",
     ):
         recipe.load("int5")
     with pytest.raises(InputError, match="no such recipe file"):
