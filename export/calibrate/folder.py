@@ -68,13 +68,18 @@ class QuantizedFolder:
                     file.unlink()
 
     def finish(
-        self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme], ignored: list[str], changes: Mapping[str, Any]
+        self,
+        config: Mapping[str, Any],
+        schemes: Mapping[str, Scheme],
+        ignored: list[str],
+        others: Mapping[str, bytes],
     ) -> None:
-        """Write index, config and tokenizer.
+        """Write index, config and other files, and remove what only the run needed.
 
         Args:
+            config: the checkpoint's, without `quantization_config`.
             schemes, ignored: as in `quantization_config`.
-            changes: what config.json says otherwise than the checkpoint's.
+            others: by name, such as the tokenizer's.
         """
         self.clear(None)
         home = {
@@ -84,9 +89,9 @@ class QuantizedFolder:
         }
         total = sum((self._path / file).stat().st_size for file in set(home.values()))
         _write_json(self._path / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
-        config = {**checkpoint.config, **changes, "quantization_config": quantization_config(schemes, ignored)}
-        _write_json(self._path / CONFIG, config)
-        for name, data in checkpoint.tokenizer_files().items():
+        table = quantization_config(schemes, ignored)
+        _write_json(self._path / CONFIG, {**config, "quantization_config": table})
+        for name, data in others.items():
             (self._path / name).write_bytes(data)
 
     def _file(self, number: int) -> str:

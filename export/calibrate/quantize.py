@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import galerne
 from galerne import schema
@@ -88,10 +89,17 @@ def quantize(
         except KeyboardInterrupt:
             say(f"{path}: holds {folder.layers_done()} of {stream.count} layers; the same command goes on from there")
             raise
-        untied = {"tie_word_embeddings": False} if "lm_head" in stream.schemes else {}
-        # Scales are float16: in bfloat16, as most sources are, transformers would round them.
-        folder.finish(checkpoint, stream.schemes, stream.ignored, {"dtype": "float16", **untied})
+        config = _config(checkpoint, untied="lm_head" in stream.schemes)
+        folder.finish(config, stream.schemes, stream.ignored, checkpoint.tokenizer_files())
     return out
+
+
+def _config(checkpoint: Checkpoint, *, untied: bool) -> dict[str, Any]:
+    """Return the checkpoint's config in float16: in bfloat16, as most sources are, transformers would round the scales."""
+    config = {
+        key: value for key, value in checkpoint.config.items() if key != "torch_dtype"
+    }  # what dtype was called before
+    return {**config, "dtype": "float16", **({"tie_word_embeddings": False} if untied else {})}
 
 
 def _calibration_ids(

@@ -8,6 +8,8 @@ the inverse of H: see QuIP, theorem 6.
 Source: Frantar et al. 2022, arXiv 2210.17323; Chee et al. 2023 (QuIP), arXiv 2307.13304.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -92,13 +94,7 @@ def _round(
     aim, left = exact.copy(), np.empty_like(exact)
     values = np.empty(exact.shape, np.int8)
 
-    def sweep(first: int, last: int) -> None:
-        if last - first > _LEAF:
-            middle = (first + last) // 2
-            sweep(middle, last)
-            aim[first:middle] += factor[middle:last, first:middle].T @ left[middle:last]
-            sweep(first, middle)
-            return
+    def leaf(first: int, last: int) -> None:
         for k in range(last - 1, first - 1, -1):
             group = order[k] // block
             if k + 1 < last:
@@ -107,7 +103,24 @@ def _round(
             values[k] = value
             left[k] = exact[k] - value * scale[group]
 
-    sweep(0, len(exact))
+    def hand_over(first: int, middle: int, last: int) -> None:
+        aim[first:middle] += factor[middle:last, first:middle].T @ left[middle:last]
+
+    _sweep(0, len(exact), leaf, hand_over)
     result = np.empty(weight.shape, np.int8)
     result[:, order] = values.T
     return result
+
+
+def _sweep(first: int, last: int, leaf: Callable[[int, int], None], hand_over: Callable[[int, int, int], None]) -> None:
+    """Go through channels from the last to the first, a few at a time, and hand over what each half leaves to the one before.
+
+    No closure that calls itself: that is a cycle, which keeps all arrays until the garbage collector comes by.
+    """
+    if last - first > _LEAF:
+        middle = (first + last) // 2
+        _sweep(middle, last, leaf, hand_over)
+        hand_over(first, middle, last)
+        _sweep(first, middle, leaf, hand_over)
+        return
+    leaf(first, last)

@@ -91,12 +91,21 @@ MakeRecipe = Callable[..., Path]
 def make_recipe() -> MakeRecipe:
     """Return a function that writes a recipe that needs text."""
 
-    def make(folder: Path, method: str = "gptq", *, tokens: int = 256, length: int = 32, block: int = 32) -> Path:
+    def make(
+        folder: Path,
+        method: str = "gptq",
+        *,
+        tokens: int = 256,
+        length: int = 32,
+        block: int = 32,
+        lm_head: str = "int8",
+        extra: str = "",
+    ) -> Path:
         path = folder / f"{method}.toml"
         path.write_text(
             f'description = "{method} for a test"\ncompute = "float16"\nmethod = "{method}"\n'
-            f'weights = {{ dtype = "int4", block_size = {block} }}\nlm_head = {{ dtype = "int8" }}\n'
-            f"calibration = {{ tokens = {tokens}, length = {length} }}\n"
+            f'weights = {{ dtype = "int4", block_size = {block} }}\nlm_head = {{ dtype = "{lm_head}" }}\n'
+            f"calibration = {{ tokens = {tokens}, length = {length} }}\n{extra}"
         )
         return path
 

@@ -101,6 +101,33 @@ def test_a_tied_projection_gets_weights_of_its_own(quantized_of: Callable[..., P
     assert not np.array_equal(head, table)
 
 
+def test_other_formats_by_name_are_kept_apart(
+    family_of: Callable[[str], Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = (
+        '[[overrides]]\nmatch = "model.layers.0.mlp.*"\nformat = { dtype = "int8" }\n'
+        '[[overrides]]\nmatch = "*.1.self_attn.[ov]_proj.*"\nformat = { dtype = "float16" }\n'
+    )
+    chosen = recipe.load(str(make_recipe(tmp_path, "awq", lm_head="float16", extra=extra)))
+    folder = quantize(open_checkpoint(family_of("llama")), chosen, "mixed", TEXT, tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True  # the projection is not rounded, so it stays the table
+    table = config["quantization_config"]
+    assert table["format"] == "mixed-precision"
+    assert table["ignore"] == ["lm_head", "model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.v_proj"]
+    others = [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
+    groups = {tuple(group["targets"]): group["weights"]["num_bits"] for group in table["config_groups"].values()}
+    assert groups == {("Linear",): 4, tuple(others): 8}
+    ids = torch.arange(3, 60)[None]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        found = model(ids, use_cache=False).logits
+    assert (found - logits(folder, ids)).abs().max() < 1e-3
+    checkpoint = open_checkpoint(folder)
+    bundle = export(checkpoint, choose_recipe(checkpoint, None, None), tmp_path / "bundle", chunk=8)
+    assert verify(bundle, checkpoint).passed
+
+
 def test_the_record_names_recipe_source_and_text(quantized_of: Callable[..., Path]) -> None:
     record = json.loads((quantized_of("tiny") / "galerne.json").read_text())
     assert record["recipe"] == "gptq"

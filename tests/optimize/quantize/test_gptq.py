@@ -1,5 +1,8 @@
 """GPTQ against a plain loop over the inverse of the Hessian, as its authors write it, and against rounding to nearest."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,3 +131,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         gptq(weight, hessian, 4, 64, name="q_proj")
     with pytest.raises(InputError, match=r"q_proj: Hessian: expected shape \[96, 96\], found \[32, 32\]"):
         gptq(weight, hessian[:32, :32], 4, 32, name="q_proj")
+
+
+def test_what_it_worked_on_is_let_go_of_at_once() -> None:
+    weight, hessian = np.ones((64, 256), np.float32), np.eye(256, dtype=np.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(5):
+            gptq(weight, hessian, 4, 64)
+        assert tracemalloc.get_traced_memory()[0] - before < weight.nbytes
+    finally:
+        tracemalloc.stop()
+        gc.enable()
