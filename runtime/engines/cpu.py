@@ -1,39 +1,12 @@
-"""What the `cpu` engine depends on: ONNX Runtime's version and the processor's features."""
-
-import platform
-from pathlib import Path
+"""The `cpu` engine, which depends on ONNX Runtime's version and the processor's features."""
 
 import onnxruntime as ort
 
 from galerne.errors import BackendError
 from galerne.runtime.bundle import ENGINES, Bundle
+from galerne.runtime.engines.cpu_features import cpu_features
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.engines.record import EngineRecord
-
-# The flags that ONNX Runtime's kernels, and so the layout of pre-packed weights, are chosen by.
-_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_tile",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
-
-
-def cpu_features() -> tuple[str, ...]:
-    """Return the architecture and the flags that matter, sorted. Source: /proc/cpuinfo; only the architecture elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    flags = {
-        flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split(":")[1].split()
-    }
-    return tuple(sorted({platform.machine(), *flags.intersection(_FLAGS)}))
 
 
 def open_cpu(bundle: Bundle, record: EngineRecord, threads: int | None) -> OrtEngine:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
+from galerne.runtime.engines.cpu_features import sums_bytes_exactly
 from galerne.runtime.engines.engine import Cache, Float32, Int64
 from galerne.runtime.engines.owned import Owned
 from galerne.runtime.heap import give_back
@@ -29,6 +30,8 @@ def session_options(*, exact: bool, threads: int | None) -> ort.SessionOptions:
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _EXACT if exact else _FAST)
+    # Unsigned by unsigned bytes, which no CPU sums wrongly; a third as fast where it is not needed.
+    options.add_session_config_entry("session.x64quantprecision", "0" if sums_bytes_exactly() else "1")
     return options
 
 

@@ -67,7 +67,7 @@ def quantize_checkpoint(
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.config.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     compressor.update_config(str(folder))
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
     for name, parameter in model.named_parameters():

@@ -28,6 +28,7 @@ from galerne.optimize.builders.build import build
 from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
 from galerne.optimize.quantize.qdq import RoundedInput, round_inputs
 from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.engines import ort as ort_engine
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.model import Model
 from galerne.targets import target
@@ -304,6 +305,17 @@ def test_the_portable_graph_multiplies_int8_by_int8_too(rounded: Made, tmp_path:
     ort.InferenceSession(str(rounded("int8").bundle.file(GRAPH)), options, providers=["CPUExecutionProvider"])
     graph = onnx.load(str(tmp_path / "optimized.onnx"), load_external_data=False).graph
     assert Counter(node.op_type for node in graph.node)["MatMulIntegerToFloat"] == 8
+
+
+def test_cpus_without_vnni_multiply_unsigned_bytes(rounded: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums of unsigned by signed bytes overflow; unsigned by unsigned give the same logits to the last bit but a few."""
+    tokens = [np.random.default_rng(0).integers(0, 501, 20).tolist()]
+    bundle = rounded("int8").bundle
+    usual = Model.open(bundle.path, "portable").rows().feed_all(tokens)[0]
+    monkeypatch.setattr(ort_engine, "sums_bytes_exactly", lambda: False)
+    assert session_options(exact=False, threads=1).get_session_config_entry("session.x64quantprecision") == "1"
+    found = Model.open(bundle.path, "portable").rows().feed_all(tokens)[0]
+    np.testing.assert_allclose(found, usual, rtol=0, atol=1e-5)
 
 
 def test_adapters_read_unrounded_inputs(

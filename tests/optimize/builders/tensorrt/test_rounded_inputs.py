@@ -69,7 +69,7 @@ def test_it_builds_with_weights_of_a_byte(rounded_bundle: BundleOf, group: str, 
 def test_the_primitive_dialect_builds(rounded_bundle: BundleOf) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX's Python package is not installed")
     bundle = rounded_bundle("int8", "primitive")
-    assert bundle.manifest.graph.opset == 21
+    assert bundle.manifest.graph.opset == 20  # what TensorRT 10.3 reads
     _, engine = build(bundle, "rtx-3090")
     assert engine.stat().st_size < bundle.file("weights.bin").stat().st_size + 6e6
 
