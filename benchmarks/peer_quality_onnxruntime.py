@@ -5,8 +5,10 @@ int8, as Galerne's recipes do. The embedding table stays float32, and so do the 
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     start = time.perf_counter()
-    model, bits = quantized(args.model, args.method, np.load(args.calibration))
+    with contextlib.redirect_stdout(sys.stderr):  # GPTQ prints a bar there
+        model, bits = quantized(args.model, args.method, np.load(args.calibration))
     seconds = time.perf_counter() - start
     path, data = args.scratch / "model.onnx", args.scratch / "model.data"
     onnx.save(model, path, save_as_external_data=True, location=data.name)

@@ -134,7 +134,7 @@ def test_bench_beside_warns_of_the_slower_bundle(
     assert Ran("bench", bundle, "--beside", wide, "--adapter", bundle).status == 2
 
 
-@pytest.mark.parametrize(("rate", "slower"), [(100.0, False), (99.0, False), (97.0, True), (130.0, False)])
+@pytest.mark.parametrize(("rate", "slower"), [(100.0, False), (96.0, False), (94.0, True), (130.0, False)])
 def test_a_bundle_is_slower_by_more_than_noise(rate: float, slower: bool) -> None:
     assert bench.Beside("cpu", rate, 100.0).slower is slower
 
