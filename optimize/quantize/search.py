@@ -32,9 +32,8 @@ def searched_scales(weight: Float32, bits: int, block: int, importance: Float32 
     rows = max(1, _TILE // weight.shape[1])
     counts = None
     if importance is not None:
-        counts = np.tile(
-            (importance / (importance.mean() or 1)).reshape(-1, block), (rows, 1)
-        )  # no sum of them underflows
+        relative = importance / (importance.mean() or 1)  # no sum of them underflows
+        counts = np.tile(relative.reshape(-1, block), (rows, 1))
     for first in range(0, len(weight), rows):
         tile = weight[first : first + rows].reshape(-1, block)
         found = _search(np.ascontiguousarray(tile), bits, counts)
