@@ -6,13 +6,15 @@ from typing import Protocol
 
 from galerne.errors import CheckFailed
 from galerne.export.sensitivity.measured import Measure
-from galerne.export.sensitivity.mixes import Mix
+from galerne.export.sensitivity.mixes import Mix, filled, narrowed
 from galerne.optimize.fit.choice import Case, gigabytes
 from galerne.optimize.quantize.recipe import Recipe, WeightFormat
 from galerne.progress import say
 
 # The most mixes whose divergence is measured, and how near to the limit the last one may stay.
 _TRIES, _NEAR = 8, 0.93
+# How much of the limit is aimed at when a mix is narrowed further.
+_SHARES = (0.98, 0.9)
 
 Build = Callable[[Mix], Recipe]
 
@@ -64,8 +66,9 @@ class SizeLimit:
             )
 
     def choose(self, found: list[Mix], build: Build, measure: Measure) -> Mix:
-        """Return the first that is small enough."""
-        return next(mix for mix in found if self._holds(mix))
+        """Return the first that is small enough, with what it leaves spent."""
+        first = next(mix for mix in found if self._holds(mix))
+        return filled(first, found, self.max_bytes - self.other_bytes)
 
     def _holds(self, mix: Mix) -> bool:
         return mix.bytes + self.other_bytes <= self.max_bytes
@@ -149,4 +152,15 @@ class DivergenceLimit:
             raise CheckFailed(
                 f"--max-kl {self.max_kl:g}: cannot be held: the widest mix is {kl:.3g} nats from the source; allow more"
             )
-        return found[kept]
+        return self._spent(found[kept], found, build, measure)
+
+    def _spent(self, mix: Mix, found: list[Mix], build: Build, measure: Measure) -> Mix:
+        """Go on past a step that was too large, as that of the vocabulary projection is, with the groups that come after it."""
+        kl = float(measure.distance(build(mix)).kl.mean())
+        for share in _SHARES:
+            if kl >= self.max_kl * _NEAR or mix.harm == 0:
+                break
+            other = narrowed(mix, found, self.max_kl * share * mix.harm / kl)
+            if other != mix and float(measure.distance(build(other)).kl.mean()) <= self.max_kl:
+                return other
+        return mix

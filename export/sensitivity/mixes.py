@@ -1,6 +1,6 @@
 """The mixes of formats that are worth having, from the widest to the narrowest: at each size the least harm."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -52,6 +52,32 @@ def mixes(groups: Sequence[Sequence[Option]]) -> list[Mix]:
         current[group] = hulls[group][number]
         found.append(Mix(tuple(current)))
     return found
+
+
+def filled(mix: Mix, found: Sequence[Mix], most_bytes: int) -> Mix:
+    """Spend what a mix leaves of a size: widen one group after the other, each time the one that saves most harm and fits."""
+    while True:
+        wider = [each for each in _neighbours(mix, found) if each.harm < mix.harm and each.bytes <= most_bytes]
+        if not wider:
+            return mix
+        mix = min(wider, key=lambda each: (each.harm, each.bytes))
+
+
+def narrowed(mix: Mix, found: Sequence[Mix], most_harm: float) -> Mix:
+    """Spend what a mix leaves of a harm: narrow one group after the other, each time the one whose harm saves most bytes."""
+    while True:
+        narrower = [each for each in _neighbours(mix, found) if each.bytes < mix.bytes and each.harm <= most_harm]
+        if not narrower:
+            return mix
+        before = mix
+        mix = min(narrower, key=lambda each: (each.harm - before.harm) / (before.bytes - each.bytes))
+
+
+def _neighbours(mix: Mix, found: Sequence[Mix]) -> Iterator[Mix]:
+    """Yield a mix with another option for one of its groups, for each that some mix has."""
+    for group, options in enumerate(zip(*(each.options for each in found), strict=True)):
+        for option in dict.fromkeys(options):
+            yield Mix((*mix.options[:group], option, *mix.options[group + 1 :]))
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

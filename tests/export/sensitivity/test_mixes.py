@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from galerne.export.sensitivity.mixes import Mix, Option, mixes
+from galerne.export.sensitivity.mixes import Mix, Option, filled, mixes, narrowed
 from galerne.optimize.quantize.recipe import WeightFormat
 
 FORMS = [WeightFormat("float16"), WeightFormat("int8"), WeightFormat("int4", 32), WeightFormat("int4", 128)]
@@ -40,3 +40,23 @@ def test_one_step_at_a_time_in_the_order_of_harm_for_each_byte() -> None:
     cheap = [Option(FORMS[0], 100, 0.0), Option(FORMS[1], 50, 0.1)]
     dear = [Option(FORMS[0], 100, 0.0), Option(FORMS[1], 50, 1.0)]
     assert [(mix.bytes, mix.harm) for mix in mixes([dear, cheap])] == [(200, 0.0), (150, 0.1), (100, 1.1)]
+
+
+def test_what_a_step_leaves_is_spent() -> None:
+    large = [Option(FORMS[0], 1000, 0.0), Option(FORMS[1], 500, 1.0)]
+    small = [Option(FORMS[0], 100, 0.0), Option(FORMS[1], 50, 0.5)]
+    found = mixes([large, small])
+    first = next(mix for mix in found if mix.bytes <= 620)
+    assert first.bytes == 600 and filled(first, found, 620) == first  # the large one stepped down alone
+    narrow = Mix((large[1], small[1]))
+    assert filled(narrow, found, 620).options == (large[1], small[0])
+    assert filled(narrow, found, 599) == narrow
+
+
+def test_past_a_step_that_is_too_large_others_follow() -> None:
+    large = [Option(FORMS[0], 1000, 0.0), Option(FORMS[1], 100, 1.0)]
+    small = [[Option(FORMS[0], 100, 0.0), Option(FORMS[1], 50, 0.1)] for _ in range(2)]
+    found = mixes([large, *small])
+    assert found[1].options[0] == large[1]
+    assert narrowed(found[0], found, 0.15).options == (large[0], small[0][1], small[1][0])
+    assert narrowed(found[0], found, 0.05) == found[0]
