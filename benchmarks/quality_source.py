@@ -12,7 +12,7 @@ import numpy as np
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.quality.quality import source_logits
-from galerne.export.quality.text import sequences
+from galerne.export.text import sequences
 from galerne.optimize.quantize.recipe import Calibration
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from galerne.cli.output import Adapter, Json, emit, size
+from galerne.cli.output import Adapter, CheckpointPath, Json, emit, size
 from galerne.runtime.manifest import Dialect
 
 # Must read as the keys of galerne.optimize.quantize.recipe.PRECISIONS, which a test holds them to.
@@ -18,14 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A folder with safetensors, Hugging Face's or Mistral's own, or a .gguf file.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Option(help="The bundle's folder; it must not exist yet.", show_default=False)],
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored.", show_default="fp16")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or .toml file, in place of --precision.")] = None,

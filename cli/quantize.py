@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from galerne.cli.output import Json, emit, size
+from galerne.cli.output import CheckpointPath, Json, emit, size
 
 
 def register(app: typer.Typer) -> None:
@@ -14,10 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def quantize(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CHECKPOINT", help="A folder or .gguf file, as `export` takes it.", show_default=False),
-    ],
+    checkpoint: CheckpointPath,
     recipe: Annotated[
         str,
         typer.Option(help="A recipe that needs text, by name or .toml file, such as int4-gptq.", show_default=False),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from galerne.cli.output import Json, Stack, emit, parse_bytes, size
+from galerne.cli.output import CheckpointPath, Json, Stack, emit, parse_bytes, size
 from galerne.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def recipe(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A folder with safetensors, Hugging Face's or Mistral's own, or a .gguf file.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: CheckpointPath,
     text: Annotated[
         Path, typer.Option(metavar="FILE", help="Text like what the model will see, UTF-8.", show_default=False)
     ],

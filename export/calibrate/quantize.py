@@ -11,18 +11,16 @@ from galerne.export.calibrate.folder import QuantizedFolder
 from galerne.export.calibrate.record import RECORD, RECORD_VERSION, Record, TextFacts
 from galerne.export.calibrate.stream import Stream
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.checkpoint.safetensors_folder import TOKENIZER
 from galerne.export.export import check_tensors, config_name
 from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
-from galerne.export.quality.text import Int64, sequences
+from galerne.export.text import Int64, checkpoint_tokenizer, sequences
 from galerne.files import resumable_folder, sha256_file
 from galerne.optimize.quantize.recipe import Calibration, Recipe, check_overrides
 from galerne.progress import say, step
 from galerne.runtime.bundle import entry_of
 from galerne.runtime.footprint import weight_names
 from galerne.runtime.manifest import Source
-from galerne.runtime.tokenizer import Tokenizer
 
 _OPTION = "--calibration"
 
@@ -110,8 +108,4 @@ def _calibration_ids(
         raise InputError(f"--length {length}: expected from 2 to --tokens, which is {tokens}")
     if limit is not None and length > limit:
         raise InputError(f"--length {length}: the model's longest context is {limit}")
-    data = checkpoint.tokenizer_files().get(TOKENIZER)
-    if data is None:
-        raise InputError(f"{checkpoint.path}: no {TOKENIZER} in it, so text cannot be read")
-    tokenizer = Tokenizer.parse(data, bos, f"{checkpoint.path}: {TOKENIZER}: not a tokenizer", "download it again")
-    return sequences(tokenizer, text, length, tokens, option=_OPTION, fewest=tokens)
+    return sequences(checkpoint_tokenizer(checkpoint, bos), text, length, tokens, option=_OPTION, fewest=tokens)

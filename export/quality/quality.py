@@ -13,8 +13,8 @@ from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.export.quality.distance import Distance, Float32, Int64, distance
 from galerne.export.quality.layers import layer_errors
 from galerne.export.quality.report import QualityReport, judge
-from galerne.export.quality.text import sequences
 from galerne.export.quality.thresholds import Thresholds
+from galerne.export.text import sequences
 from galerne.progress import Task
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.model import Model

@@ -9,18 +9,16 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.quality.distance import Distance
-from galerne.export.quality.text import sequences
 from galerne.export.sensitivity.groups import Group, groups_of, other_bytes
 from galerne.export.sensitivity.harm import measure_harms
 from galerne.export.sensitivity.limits import Limit
 from galerne.export.sensitivity.measured import Measure
 from galerne.export.sensitivity.mixes import Mix, Option, mixes
+from galerne.export.text import checkpoint_tokenizer, sequences
 from galerne.optimize.quantize.recipe import Override, Recipe, WeightFormat
 from galerne.progress import step
-from galerne.runtime.bundle import TOKENIZER
 from galerne.runtime.footprint import HEAD
 from galerne.runtime.manifest import ModelFacts
-from galerne.runtime.tokenizer import Tokenizer
 
 DEFAULT_TOKENS, DEFAULT_LENGTH = 2048, 256
 # What weights may be stored in beside the compute type.
@@ -89,7 +87,7 @@ def choose(
     check_base(checkpoint, base)
     if not 2 <= length <= tokens:
         raise InputError(f"--length {length}: expected from 2 to --tokens, which is {tokens}")
-    tokenizer = _tokenizer(checkpoint, facts)
+    tokenizer = checkpoint_tokenizer(checkpoint, facts.bos_token_id)
     fed = sequences(tokenizer, text, length, 2 * tokens, fewest=2 * length)
     groups = groups_of(facts)
     formats = [form for form in (WeightFormat(base.compute), *QUANTIZED) if limit.allows(form)]
@@ -157,11 +155,3 @@ def _options(
         Option(form, 0 if shared and form.bits is None else group.stored_bytes(form), harms[form])
         for form in group.formats(formats)
     ]
-
-
-def _tokenizer(checkpoint: Checkpoint, facts: ModelFacts) -> Tokenizer:
-    files = checkpoint.tokenizer_files()
-    if TOKENIZER not in files:
-        raise InputError(f"{checkpoint.path}: no tokenizer, so text cannot be read")
-    where = f"{checkpoint.path}: {TOKENIZER}: not a tokenizer"
-    return Tokenizer.parse(files[TOKENIZER], facts.bos_token_id, where, "save it again with the model")

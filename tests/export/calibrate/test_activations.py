@@ -16,7 +16,7 @@ from galerne.export.calibrate.quantize import quantize
 from galerne.export.calibrate.rounded import round_weight
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.parity.streamed import StreamedModel
-from galerne.export.quality.text import sequences
+from galerne.export.text import sequences
 from galerne.optimize.quantize import recipe
 from galerne.optimize.quantize.recipe import WeightFormat
 from galerne.runtime.tokenizer import Tokenizer

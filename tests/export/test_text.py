@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from galerne.errors import InputError
-from galerne.export.quality.text import read_text, sequences
+from galerne.export.text import read_text, sequences
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.tokenizer import Tokenizer
 

@@ -6,12 +6,23 @@ import numpy as np
 import numpy.typing as npt
 
 from galerne.errors import InputError
+from galerne.export.checkpoint.checkpoint import Checkpoint
+from galerne.runtime.bundle import TOKENIZER
 from galerne.runtime.tokenizer import Tokenizer
 
 Int64 = npt.NDArray[np.int64]
 
 # Fewer tokens than this say nothing of a distribution's tail.
 FEWEST_TOKENS = 256
+
+
+def checkpoint_tokenizer(checkpoint: Checkpoint, bos_token_id: int | None) -> Tokenizer:
+    """Return a checkpoint's tokenizer. Raises: InputError if it has none, or one that cannot be read."""
+    data = checkpoint.tokenizer_files().get(TOKENIZER)
+    if data is None:
+        raise InputError(f"{checkpoint.path}: no {TOKENIZER} in it, so text cannot be read")
+    where = f"{checkpoint.path}: {TOKENIZER}: not a tokenizer"
+    return Tokenizer.parse(data, bos_token_id, where, "save it again with the model")
 
 
 def read_text(path: Path, option: str = "--text", fewest: int = FEWEST_TOKENS) -> str:
