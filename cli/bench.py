@@ -2,13 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from galerne.cli.output import BundlePath, Json, RunAdapter, Threads, emit, size
 from galerne.errors import InputError
 from galerne.progress import say
+
+if TYPE_CHECKING:
+    from galerne.runtime.bench import BenchResult
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +35,7 @@ def bench(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Measure prefill, decode, load and memory, beside the bound that this machine's bandwidth sets."""
+    """Measure prefill, decode, load and memory, beside the bound that memory bandwidth sets."""
     from galerne.runtime.bench import bench as run
     from galerne.runtime.bench import bench_beside
     from galerne.runtime.model import Model
@@ -46,12 +49,11 @@ def bench(
         decode_tokens=decode_tokens,
         adapter=None if adapter is None else model.load_adapter(adapter),
     )
-    share = result.decode_tokens_per_s / result.bound_tokens_per_s
+    bound = "" if result.bound_tokens_per_s is None else _bound(result)
     text = (
         f"engine   {result.engine}\n"
         f"prefill  {result.prefill_tokens_per_s:.1f} tokens/s over {result.prompt_tokens}\n"
-        f"decode   {result.decode_tokens_per_s:.1f} tokens/s, {share:.0%} of the bound of {result.bound_tokens_per_s:.1f} "
-        f"that {result.bandwidth_bytes_per_s / 1e9:.1f} GB/s set\n"
+        f"decode   {result.decode_tokens_per_s:.1f} tokens/s{bound}\n"
         f"load     {result.load_s:.2f} s\n"
         f"memory   {size(result.peak_rss_bytes)} at its peak"
     )
@@ -66,3 +68,9 @@ def bench(
         if turns.slower:
             say(f"warning: {bundle} decodes slower than {beside}: {rates}")
     emit(json, data, text)
+
+
+def _bound(result: "BenchResult") -> str:
+    assert result.bound_tokens_per_s is not None and result.bandwidth_bytes_per_s is not None
+    share = result.decode_tokens_per_s / result.bound_tokens_per_s
+    return f", {share:.0%} of the bound of {result.bound_tokens_per_s:.1f} that {result.bandwidth_bytes_per_s / 1e9:.1f} GB/s set"

@@ -11,9 +11,12 @@ import numpy as np
 from galerne.errors import InputError
 from galerne.parallel import cores
 from galerne.runtime.adapter import Adapter
+from galerne.runtime.engines.ort_device import CUDA
+from galerne.runtime.engines.select import CPU, PORTABLE
 from galerne.runtime.footprint import decode_weight_bytes, forms_of, seen_cache_bytes
 from galerne.runtime.model import Model
 from galerne.runtime.rows import Rows
+from galerne.targets.target import load as load_target
 
 _PROBE_BYTES = 1 << 29
 _PROBE_ROUNDS = 5
@@ -44,6 +47,8 @@ class Beside:
 class BenchResult:
     """Rates in tokens per second, times in seconds, sizes in bytes.
 
+    bandwidth_bytes_per_s: measured where a CPU runs the bundle, and of the data sheet where a target's GPU does; None where it
+        is not known which GPU does.
     bound_tokens_per_s: bandwidth over the bytes that one decode step must read: weights, keys and values seen, the adapter.
     """
 
@@ -54,8 +59,8 @@ class BenchResult:
     decode_tokens_per_s: float
     load_s: float
     peak_rss_bytes: int
-    bandwidth_bytes_per_s: float
-    bound_tokens_per_s: float
+    bandwidth_bytes_per_s: float | None
+    bound_tokens_per_s: float | None
 
 
 def bench(
@@ -72,7 +77,7 @@ def bench(
     rows.feed([prompt])
     prefill_s = time.perf_counter() - start
     steps = _steps(rows, prompt[0], decode_tokens)
-    peak, bandwidth = peak_rss_bytes(), memory_bandwidth()
+    peak, bandwidth = peak_rss_bytes(), bandwidth_of(model.engine.name)
     length, bytes_per_value = prompt_tokens + decode_tokens, model.engine.dtype.itemsize
     forms = forms_of(model.bundle.manifest.recipe)
     read = decode_weight_bytes(model.facts, forms) + seen_cache_bytes(model.facts, length, bytes_per_value)
@@ -86,7 +91,7 @@ def bench(
         load_s=model.load_s,
         peak_rss_bytes=peak,
         bandwidth_bytes_per_s=bandwidth,
-        bound_tokens_per_s=bandwidth / read,
+        bound_tokens_per_s=None if bandwidth is None else bandwidth / read,
     )
 
 
@@ -125,6 +130,13 @@ def _steps(rows: Rows, token: int, count: int) -> list[float]:
         rows.feed([[token]])
         found.append(time.perf_counter() - start)
     return found
+
+
+def bandwidth_of(engine: str) -> float | None:
+    """Return the bytes a second that an engine, by its name, can read its weights at; see `BenchResult`."""
+    if engine in (PORTABLE, CPU):
+        return memory_bandwidth()
+    return None if engine == CUDA else load_target(engine).bandwidth_bytes_per_s
 
 
 def memory_bandwidth() -> float:

@@ -21,6 +21,7 @@ from galerne.optimize.quantize.recipe import PRECISIONS
 from galerne.runtime import bench
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.rows import Rows
+from galerne.targets.target import load as load_target
 
 Adapt = Callable[..., Any]
 Bundles = Callable[[str], Bundle]
@@ -279,3 +280,10 @@ def test_an_adapter_at_run_time(adapt: Adapt, checkpoint_folder: Path, tmp_path:
     refused = Ran("generate", tmp_path / "merged", "--prompt-ids", "1", "--adapter", tmp_path / "adapter")
     assert (refused.status, refused.err.count("\n")) == (2, 1)
     assert "has no adapter slots; export it with --adapter-slots" in refused.err
+
+
+def test_the_bound_of_an_engine_is_that_of_what_runs_it() -> None:
+    assert bench.bandwidth_of("rtx-4090") == load_target("rtx-4090").bandwidth_bytes_per_s
+    assert bench.bandwidth_of("cuda") is None
+    measured = bench.bandwidth_of("portable")
+    assert measured is not None and 1e8 < measured < 1e13
