@@ -4,28 +4,31 @@ The model is built on the meta device, and each module that owns weights reads t
 So everything that runs is transformers' code: masks, rotation, the layers' kinds, scalings.
 """
 
-import contextlib
-import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import eager_mask
-from transformers.utils import logging as transformers_logging
 
 from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.checkpoint.lora import AdaptedCheckpoint
-from galerne.export.parity.composed import adapter_products, composed_weights, round_input
+from galerne.export.parity.composed import adapter_products, round_input
 from galerne.export.parity.composed import rounded_inputs as read_rounded_inputs
+from galerne.export.parity.stored_weights import (
+    Held,
+    StoredWeights,
+    loaded_weights,
+    open_weights,
+    part_of_product,
+    quiet,
+)
 from galerne.export.weights import rounded_like
 from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.parallel import ordered
@@ -67,11 +70,11 @@ class StreamedModel:
         Raises: InputError if transformers cannot load it.
         """
         self._products = {} if adapter is None else adapter_products(adapter)
-        self._weights: _Weights = _Held({})
+        self._weights: StoredWeights = Held({})
         try:
-            with _quiet():
+            with quiet():
                 if substitute is None:
-                    self._weights, config = _open(checkpoint)
+                    self._weights, config = open_weights(checkpoint)
                 else:
                     config = AutoConfig.for_model(**checkpoint.config)
                 with torch.device("meta"):
@@ -80,7 +83,7 @@ class StreamedModel:
                     )
                 names = {self._stored(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
                 if substitute is None and not names <= self._weights.names():
-                    self._weights = _loaded(checkpoint)
+                    self._weights = loaded_weights(checkpoint)
                 self._fill_buffers()
             self._round_inputs(read_rounded_inputs(checkpoint) if rounded_inputs else {})
         except Exception as exc:
@@ -132,7 +135,7 @@ class StreamedModel:
             if self._rounding is not None:
                 rows = rounded_like(rows, name, self._rounding, first)
             if name in self._products and _owner(name) not in self._rounded:
-                rows = rows + _product(self._products[name], first, first + step)
+                rows = rows + part_of_product(self._products[name], first, first + step)
             whole[first : first + step] = rows.numpy()
 
         for _ in ordered(partial(fill, first) for first in range(0, shape[0], step)):
@@ -186,88 +189,13 @@ def source_window(checkpoint: Checkpoint) -> int | None:
     Raises: InputError if transformers cannot read the config.
     """
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.for_model(**{"model_type": "", **checkpoint.config})
     except Exception as exc:
         raise InputError(f"{checkpoint.path}: transformers cannot read its config ({one_line(exc)})") from exc
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     window: int | None = getattr(config, "sliding_window", None)
     return window if "sliding_attention" in kinds else None
-
-
-class _Weights(Protocol):
-    def names(self) -> set[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def rows(self, name: str, first: int, last: int) -> Tensor: ...
-
-
-class _Safetensors:
-    """Weights in safetensors files, read row by row."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        files: list[Any] = [safe_open(path, "pt") for path in checkpoint.files() if path.suffix == ".safetensors"]
-        self._home = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
-
-    def names(self) -> set[str]:
-        return set(self._home)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._home[name].get_slice(name).get_shape())
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        rows: Tensor = self._home[name].get_slice(name)[first:last]
-        return rows
-
-
-class _Held:
-    """Weights that transformers loaded, or that were composed for it, all of them in memory."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-
-    @staticmethod
-    def load(checkpoint: Checkpoint) -> tuple["_Held", Any]:
-        folder, extra = checkpoint.path.absolute(), {}
-        if checkpoint.format == "gguf":
-            folder, extra = folder.parent, {"gguf_file": folder.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            local_files_only=True,
-            **extra,
-        )
-        return _Held(model.state_dict()), model.config
-
-    def names(self) -> set[str]:
-        return set(self._state)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        rows: Tensor = self._state[name][first:last]
-        return rows
-
-
-class _Adapted:
-    """Weights with a LoRA adapter's products added in float32 as they are read."""
-
-    def __init__(self, base: _Weights, checkpoint: AdaptedCheckpoint) -> None:
-        self._base, self._products = base, adapter_products(checkpoint.folder)
-
-    def names(self) -> set[str]:
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        rows = self._base.rows(name, first, last)
-        return rows.float() + _product(self._products[name], first, last) if name in self._products else rows
 
 
 def _of_rounded(
@@ -278,29 +206,6 @@ def _of_rounded(
         factor, b, a = product
         y = y + factor * (x @ a.t()) @ b.t()
     return y
-
-
-def _product(product: tuple[float, Tensor, Tensor], first: int, last: int) -> Tensor:
-    scale, b, a = product
-    return scale * (b[first:last] @ a)
-
-
-def _loaded(checkpoint: Checkpoint) -> _Weights:
-    """Return all weights as transformers loads them, for a checkpoint whose names are not those of transformers' class."""
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        return _Adapted(_loaded(checkpoint.base), checkpoint)
-    return _Held.load(checkpoint)[0]
-
-
-def _open(checkpoint: Checkpoint) -> tuple[_Weights, Any]:
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        base, config = _open(checkpoint.base)
-        return _Adapted(base, checkpoint), config
-    if (composed := composed_weights(checkpoint)) is not None:
-        return _Held(composed), AutoConfig.for_model(**checkpoint.config)
-    if checkpoint.format == "gguf":
-        return _Held.load(checkpoint)
-    return _Safetensors(checkpoint), AutoConfig.from_pretrained(str(checkpoint.path.absolute()), local_files_only=True)
 
 
 def _drop(parameters: dict[str, nn.Parameter | None], module: nn.Module, *_: Any) -> None:
@@ -327,18 +232,3 @@ def _blocked_eager(
 
 AttentionInterface.register(_ATTENTION, _blocked_eager)
 AttentionMaskInterface.register(_ATTENTION, eager_mask)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and hints off stderr, which is our own; its errors arrive as exceptions."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no setting
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
