@@ -21,6 +21,7 @@ from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.composed import adapter_products, round_input
 from galerne.export.parity.composed import rounded_inputs as read_rounded_inputs
+from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.stored_weights import (
     Held,
     StoredWeights,
@@ -29,7 +30,6 @@ from galerne.export.parity.stored_weights import (
     part_of_product,
     quiet,
 )
-from galerne.export.weights import rounded_like
 from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.parallel import ordered
 

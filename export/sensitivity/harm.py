@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from galerne.export.parity.rounding import expert_names, rounded_like
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.quality.distance import Int64
 from galerne.export.quality.layers import decoder_layers
 from galerne.export.sensitivity.groups import Group
-from galerne.export.weights import expert_names, rounded_like
 from galerne.optimize.quantize.recipe import Recipe, WeightFormat
 from galerne.progress import Task
 

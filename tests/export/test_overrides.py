@@ -14,9 +14,9 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.export.facts import read_facts
+from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.verify import verify
 from galerne.export.quality.bundle_weights import BundleWeights
-from galerne.export.weights import rounded_like
 from galerne.optimize.builders.build import build
 from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
