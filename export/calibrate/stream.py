@@ -53,7 +53,7 @@ class Stream:
         forms = {name: recipe.format_for(f"{name}.weight") for name in linear}
         self.ignored = [name for name, form in forms.items() if form.bits is None]
         self.schemes = {
-            name: Scheme.of(f"{name}.weight", form, linear[name], self._inputs_of(name))
+            name: Scheme.of(f"{name}.weight", form, linear[name], recipe.inputs_of(f"{name}.weight"))
             for name, form in forms.items()
             if form.bits is not None
         }
@@ -80,10 +80,6 @@ class Stream:
                 self._layer(folder, number, task)
                 folder.clear(number + 1)
         folder.write(self.count, self._rest())
-
-    def _inputs_of(self, module: str) -> str | None:
-        """Return what a product's input is rounded to. The vocabulary projection's is not: few weights, and much harm."""
-        return None if f"{module}.weight" == HEAD else self._recipe.activations
 
     def _enter(self, folder: QuantizedFolder, *, fresh: bool) -> None:
         """Run the embedding on the text; on one sequence only where the hidden states are there and the layers' calls are not."""
@@ -128,7 +124,8 @@ class Stream:
                 statistics = Statistics(x.shape[1], hessian=hessian, rows=rows)
             statistics.add(x)
         assert statistics is not None
-        fold = fold_of(group, self._spec) if self._factored and quantized else None
+        factored = self._recipe.method == "awq" or any(map(self._recipe.inputs_of, quantized))
+        fold = fold_of(group, self._spec) if self._factored and factored and quantized else None
         if fold is not None:
             factors = bounded(self._factors(quantized, statistics), fold, prefix, rounded)
             divide(factors, fold, prefix, self._spec, self._weights, rounded)
@@ -158,10 +155,10 @@ class Stream:
         made = round_weight(
             name, weight, recipe.format_for(name), recipe.method, statistics, str(self._checkpoint.path)
         )
-        if recipe.activations is not None:
+        if (inputs := recipe.inputs_of(name)) is not None:
             assert statistics is not None
             largest = float(statistics.max_abs.max()) or 1.0
-            made = replace(made, input_scale=largest / LARGEST[recipe.activations])
+            made = replace(made, input_scale=largest / LARGEST[inputs])
         rounded[name] = made
         self._weights.replace(name, torch.from_numpy(made.dequantized()))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from galerne import schema
 from galerne.errors import InputError
-from galerne.runtime.footprint import choose_form
+from galerne.runtime.footprint import HEAD, choose_form
 from galerne.runtime.manifest import FloatType
 
 if sys.version_info >= (3, 11):
@@ -26,6 +26,8 @@ _BLOCK_SIZES = (128, 64, 32)
 
 # nearest: the smallest scale that clips nothing. search: the scale with the least error of the weights, no text needed.
 Method = Literal["nearest", "search", "gptq", "awq"]
+# What inputs of products are rounded to.
+Rounded = Literal["int8", "float8e4m3fn"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Recipe:
     method: how weights are rounded.
     overrides: other formats for some weights; the first that matches holds.
     activations: what the inputs of quantized products are rounded to, with one scale a tensor from calibration; absent for none.
+    wide_inputs: patterns, as an override's, of weights whose products take their input as it is all the same.
     smoothing: SmoothQuant's alpha, from 0 to 1: how much of an input's range goes over to the weights; absent for none.
     calibration: how much text; absent where a recipe needs none.
     """
@@ -111,9 +114,10 @@ class Recipe:
     lm_head: WeightFormat
     method: Method = field(default="nearest", metadata=schema.LATER)
     overrides: tuple[Override, ...] = field(default=(), metadata=schema.LATER)
-    activations: Literal["int8", "float8e4m3fn"] | None = field(default=None, metadata=schema.LATER)
+    activations: Rounded | None = field(default=None, metadata=schema.LATER)
     smoothing: float | None = field(default=None, metadata=schema.LATER)
     calibration: Calibration | None = field(default=None, metadata=schema.LATER)
+    wide_inputs: tuple[str, ...] = field(default=(), metadata=schema.LATER)
 
     @property
     def calibrated(self) -> bool:
@@ -129,6 +133,14 @@ class Recipe:
         """Return the format of a linear weight by its name in the checkpoint; see `choose_form`."""
         overrides = ((override.match, override.format) for override in self.overrides)
         return choose_form(weight, overrides, self.lm_head, self.weights, WeightFormat(self.compute))
+
+    def inputs_of(self, weight: str) -> Rounded | None:
+        """Return what the input of a weight's product is rounded to, by the weight's name in the checkpoint; None for nothing.
+
+        The vocabulary projection's never is.
+        """
+        wide = weight == HEAD or any(fnmatch.fnmatchcase(weight, pattern) for pattern in self.wide_inputs)
+        return None if wide else self.activations
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as its TOML file reads, for the manifest."""
@@ -158,7 +170,7 @@ class CheckpointRecipe:
     weights: StoredFormat
     lm_head: StoredFormat
     method: Literal["checkpoint"] = "checkpoint"
-    activations: Literal["int8", "float8e4m3fn"] | None = field(default=None, metadata=schema.LATER)
+    activations: Rounded | None = field(default=None, metadata=schema.LATER)
     overrides: tuple[StoredOverride, ...] = field(default=(), metadata=schema.LATER)
 
     @property
@@ -180,16 +192,19 @@ AnyRecipe = Recipe | CheckpointRecipe
 
 
 def check_overrides(recipe: AnyRecipe, weights: Collection[str], where: str) -> None:
-    """Hold a recipe's overrides against a model.
+    """Hold a recipe's patterns against a model.
 
     Args:
         weights: the names of its linear weights. where: what to call the model.
     Raises: InputError if one matches none of them.
     """
-    for override in recipe.overrides if isinstance(recipe, Recipe) else ():
-        if not fnmatch.filter(weights, override.match):
+    if not isinstance(recipe, Recipe):
+        return
+    overrides = [("overrides", override.match) for override in recipe.overrides]
+    for key, pattern in (*overrides, *(("wide_inputs", pattern) for pattern in recipe.wide_inputs)):
+        if not fnmatch.filter(weights, pattern):
             raise InputError(
-                f"overrides: {override.match!r} matches no weight of {where}; its weights are named as in {min(weights)}"
+                f"{key}: {pattern!r} matches no weight of {where}; its weights are named as in {min(weights)}"
             )
 
 
@@ -227,6 +242,8 @@ def load(name: str) -> Recipe:
     for number, override in enumerate(recipe.overrides):
         if not override.match:
             raise InputError(f"{name}: overrides[{number}]: match: expected a pattern over names of weights, found ''")
+    if not all(recipe.wide_inputs):
+        raise InputError(f"{name}: wide_inputs: expected patterns over names of weights, found ''")
     keys = ["weights", "lm_head", *(f"overrides[{i}]: format" for i in range(len(recipe.overrides)))]
     for key, form in zip(keys, recipe.formats, strict=True):
         _check_format(f"{name}: {key}", form, recipe)
@@ -253,6 +270,8 @@ def _check_method(name: str, recipe: Recipe) -> None:
         )
     if recipe.activations is not None and recipe.weights.bits is None:
         raise InputError(f"{name}: activations: expected quantized weights beside them, found {recipe.weights.dtype}")
+    if recipe.wide_inputs and recipe.activations is None:
+        raise InputError(f"{name}: wide_inputs: leaves out rounded activations, but there are none")
     if recipe.smoothing is not None and recipe.activations is None:
         raise InputError(
             f"{name}: smoothing: moves range from rounded activations to weights, but there are no activations"

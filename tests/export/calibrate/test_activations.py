@@ -81,6 +81,24 @@ def test_input_scales_are_those_of_the_largest_input(
     assert rounding["targets"] == ["Linear"]
 
 
+def test_wide_inputs_stay_as_they_are(family_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their products have no scale, and no range goes over to their weights."""
+    wide = 'smoothing = 0.5\nwide_inputs = ["*.down_proj.weight"]\n'
+    folder = made(tmp_path, family_of("mistral"), "int8", extra=wide)
+    (tmp_path / "plain").mkdir()
+    plain = tensors_of(made(tmp_path / "plain", family_of("mistral"), "int8"))
+    tensors, checkpoint = tensors_of(folder), open_checkpoint(folder)
+    for product in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert f"model.layers.1.{product}.input_scale" in tensors
+        packed = checkpoint.packed(f"model.layers.1.{product}.weight")
+        assert packed is not None and packed.input_kind == "int8"
+    down = "model.layers.1.mlp.down_proj"
+    assert f"{down}.input_scale" not in tensors
+    packed = checkpoint.packed(f"{down}.weight")
+    assert packed is not None and packed.input_kind is None
+    assert torch.equal(tensors[f"{down}.weight"], plain[f"{down}.weight"])
+
+
 def test_float8_weights_are_what_transformers_reads(family_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made(tmp_path, family_of("mistral"), "float8e4m3fn")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

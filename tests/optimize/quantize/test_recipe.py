@@ -61,6 +61,7 @@ method = "gptq"
 weights = { dtype = "int8" }
 lm_head = { dtype = "int8" }
 activations = "int8"
+wide_inputs = ["*.o_proj.weight"]
 smoothing = 0.5
 
 [[overrides]]
@@ -84,6 +85,8 @@ def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
     assert loaded.calibrated and loaded.calibration == recipe.Calibration(2048, 256)
     assert loaded.format_for("model.layers.0.mlp.down_proj.weight") == WeightFormat("float16")
     assert loaded.format_for("model.layers.1.mlp.down_proj.weight") == WeightFormat("int4", 32)
+    names = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight", "lm_head.weight")
+    assert [loaded.inputs_of(name) for name in names] == ["int8", None, None]
     assert recipe.read_resolved(loaded.resolved(), "manifest") == loaded
 
 
@@ -92,8 +95,10 @@ def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
     [
         ('"gptq"', '"best"', "method: expected one of nearest, search, gptq, awq, found 'best'"),
         ('weights = { dtype = "int8"', 'weights = { dtype = "float16"', "activations: expected quantized weights beside them"),
-        ('"int8"\nsmoothing', '"int4"\nsmoothing', "activations: expected one of int8, float8e4m3fn"),
-        ('activations = "int8"\n', "", "smoothing: .* there are no activations"),
+        ('"int8"\nwide', '"int4"\nwide', "activations: expected one of int8, float8e4m3fn"),
+        ('activations = "int8"\n', "", "wide_inputs: leaves out rounded activations, but there are none"),
+        ('activations = "int8"\nwide_inputs = ["*.o_proj.weight"]\n', "", "smoothing: .* there are no activations"),
+        ('"*.o_proj.weight"', '""', "wide_inputs: expected patterns over names of weights, found ''"),
         ("0.5", "1.5", "smoothing: expected 0 to 1, found 1.5"),
         ("0.5", "-0.5", "smoothing: expected 0 to 1, found -0.5"),
         ("0.5", "nan", "smoothing: expected"),
