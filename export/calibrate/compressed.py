@@ -1,4 +1,4 @@
-"""The compressed-tensors format, as vLLM and transformers read it: a weight's tensors, and the table in config.json.
+"""The compressed-tensors format, as transformers reads it: a weight's tensors, and the table in config.json.
 
 Source: compressed-tensors 0.20, compressors/pack_quantized and compressors/naive_quantized; quantization/quant_config.
 """

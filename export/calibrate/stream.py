@@ -58,8 +58,7 @@ class Stream:
             if form.bits is not None
         }
         self._groups: tuple[Group, ...] = ()
-        self._factored = recipe.method == "awq" or recipe.smoothing is not None
-        self._runs = self._factored or recipe.method == "gptq" or recipe.activations is not None
+        self._runs = recipe.method in ("gptq", "awq") or recipe.activations is not None
 
     @property
     def count(self) -> int:
@@ -124,8 +123,9 @@ class Stream:
                 statistics = Statistics(x.shape[1], hessian=hessian, rows=rows)
             statistics.add(x)
         assert statistics is not None
-        factored = self._recipe.method == "awq" or any(map(self._recipe.inputs_of, quantized))
-        fold = fold_of(group, self._spec) if self._factored and factored and quantized else None
+        smoothed = self._recipe.smoothing is not None and any(map(self._recipe.inputs_of, quantized))
+        factored = smoothed or (self._recipe.method == "awq" and quantized)
+        fold = fold_of(group, self._spec) if factored else None
         if fold is not None:
             factors = bounded(self._factors(quantized, statistics), fold, prefix, rounded)
             divide(factors, fold, prefix, self._spec, self._weights, rounded)
