@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from galerne.export.checkpoint.checkpoint import Checkpoint
     from galerne.export.sensitivity.choose import Chosen
     from galerne.export.sensitivity.limits import Limit
+    from galerne.optimize.quantize.recipe import Recipe
     from galerne.runtime.manifest import ModelFacts
 
 
@@ -65,8 +66,9 @@ def recipe(
         raise InputError(f"--out {out}: expected a .toml file that does not exist yet, in a folder that does")
     source = open_checkpoint(checkpoint)
     facts, longest = read_facts(str(checkpoint))
-    limit = _limit(source, facts, longest, max_size, max_kl, target, stack, context, batch)
-    chosen = choose(source, facts, text, load(base), limit, tokens=tokens, length=length)
+    rounding = load(base)
+    limit = _limit(source, facts, longest, rounding, max_size, max_kl, target, stack, context, batch)
+    chosen = choose(source, facts, text, rounding, limit, tokens=tokens, length=length)
     write_atomic(out, recipe_toml(chosen).encode())
     emit(json, _data(out, chosen), _text(out, chosen))
 
@@ -75,6 +77,7 @@ def _limit(
     checkpoint: "Checkpoint",
     facts: "ModelFacts",
     longest: int | None,
+    base: "Recipe",
     max_size: str | None,
     max_kl: float | None,
     target: str | None,
@@ -89,7 +92,7 @@ def _limit(
     from galerne.targets.target import load as load_target
 
     if max_size is not None:
-        return SizeLimit(parse_bytes("--max-size", max_size), other_bytes(facts, checkpoint))
+        return SizeLimit(parse_bytes("--max-size", max_size), other_bytes(facts, checkpoint, base.table))
     if max_kl is not None:
         if not 0 < max_kl < float("inf"):
             raise InputError(f"--max-kl: expected nats above 0, found {max_kl}")

@@ -18,6 +18,7 @@ from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
 from galerne.export.hashing import SourceHashes
 from galerne.export.prequantized import check_recipe
+from galerne.export.shared_table import is_shared
 from galerne.export.spec import DecoderSpec
 from galerne.export.split_products import split_products
 from galerne.export.trace import trace
@@ -29,9 +30,10 @@ from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
 from galerne.optimize.quantize.qdq import opset_of
 from galerne.optimize.quantize.recipe import AnyRecipe, check_overrides
+from galerne.optimize.quantize.table import share_quantized_table
 from galerne.progress import Task, step
 from galerne.runtime.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, entry_of
-from galerne.runtime.footprint import HEAD, weight_names
+from galerne.runtime.footprint import HEAD, TABLE, weight_names
 from galerne.runtime.manifest import SCHEMA_VERSION, Dialect, GraphFacts, Manifest, Source, layer_kinds
 
 DEFAULT_CHUNK = 256
@@ -74,7 +76,8 @@ def export(
         with step(f"trace {spec.architecture}, {spec.num_hidden_layers} layers"):
             model = trace(spec, getattr(torch, recipe.compute), dialect)
             clean(model)
-            weights = fold_weights(model, keep_tied=spec.tie_word_embeddings and recipe.format_for(HEAD).bits is None)
+            shared, quantized_table = is_shared(spec, checkpoint, recipe), recipe.table.bits is not None
+            weights = fold_weights(model, keep_tied=shared and not quantized_table)
             name_graph(model, layer_kinds(spec.layer_windows)[1])
         frequencies = {
             f"model.rotary.{i}.frequencies": np.array(rotary.frequencies, np.float32)
@@ -86,6 +89,8 @@ def export(
         stored = split_products(model, stored, checkpoint, recipe)
         if adapter_slots:
             facts = dataclasses.replace(facts, adapter_slots=add_adapter_slots(model, stored, checkpoint.shapes()))
+        if written_as_head := shared and quantized_table:
+            stored = [weight for weight in stored if weight.name != TABLE]
         count = sum(math.prod(weight.shape) for weight in stored)
         bytes_per_weight = sum(file.stat().st_size for file in checkpoint.files()) / count
         with Task("weights", count) as task:
@@ -95,6 +100,8 @@ def export(
                 source_hashes.used(done * bytes_per_weight)
 
             written = write_weights(model, stored, checkpoint, recipe, folder / WEIGHTS, advance, threads)
+        if written_as_head:
+            share_quantized_table(model.graph, model.graph.initializers[TABLE], HEAD)
         # int4 and blocks need a newer DequantizeLinear than the primitive dialect's other operators do.
         facts = dataclasses.replace(facts, opset=max(facts.opset, opset_of(model.graph)))
         model.opset_imports[""] = facts.opset
@@ -108,7 +115,7 @@ def export(
             schema_version=SCHEMA_VERSION,
             galerne_version=galerne.__version__,
             source=Source(checkpoint.format, entries),
-            model=model_facts(spec),
+            model=dataclasses.replace(model_facts(spec), tie_word_embeddings=spec.tie_word_embeddings or shared),
             graph=facts,
             recipe=recipe.resolved(),
             tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},

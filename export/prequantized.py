@@ -17,9 +17,7 @@ from galerne.optimize.quantize.recipe import (
     StoredOverride,
     load,
 )
-from galerne.runtime.footprint import is_router
-
-_HEAD = "lm_head.weight"
+from galerne.runtime.footprint import HEAD, is_router
 
 
 def choose_recipe(checkpoint: Checkpoint, precision: str | None, recipe: str | None) -> AnyRecipe:
@@ -75,7 +73,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
         form = stored_format(packed)
         if packed.input_kind is not None:
             inputs[packed.input_kind] += 1
-        if name == _HEAD:
+        if name == HEAD:
             head = form
         else:
             forms[form] += packed.shape[0] * packed.shape[1]
@@ -102,6 +100,8 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
         head,
         activations=activations,
         overrides=tuple(StoredOverride(name, form) for name, form in sorted(stored.items()) if form != weights),
+        # The folder holds the table as its source did; the recipe that made it may have it rounded.
+        embed_tokens=None if record is None else record.table,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from galerne.export.decoder import Decoder
 from galerne.export.dialects.dialect import dialect_module
 from galerne.export.spec import DecoderSpec
+from galerne.runtime.footprint import HEAD, TABLE
 from galerne.runtime.manifest import Dialect, cache_names, layer_kinds, write_index_names
 
 # Sizes of the traced example. Any would do: all four are dynamic in the graph. None may be 1, which is specialized on.
@@ -68,7 +69,7 @@ def trace(spec: DecoderSpec, compute_type: torch.dtype, dialect: Dialect = "opse
         )
     assert program is not None
     if spec.tie_word_embeddings:  # one tensor under two names; checkpoints keep it under the embedding's
-        program.model.graph.initializers["lm_head.weight"].name = "model.embed_tokens.weight"
+        program.model.graph.initializers[HEAD].name = TABLE
     return program.model
 
 

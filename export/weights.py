@@ -23,8 +23,9 @@ from galerne.export.tiles import is_finite, narrow, pack_rows, transpose_into, w
 from galerne.optimize.graph.weights import Weight
 from galerne.optimize.quantize.qdq import insert_dequantize
 from galerne.optimize.quantize.recipe import AnyRecipe, WeightFormat
-from galerne.optimize.quantize.rounding import Float16, Float32, pack_int4, round_to
+from galerne.optimize.quantize.rounding import Float16, Float32, pack_int4, round_to, scales_of
 from galerne.optimize.quantize.search import scales_by
+from galerne.optimize.quantize.table import insert_quantized_table
 from galerne.parallel import ordered
 from galerne.runtime.manifest import FileEntry
 
@@ -111,6 +112,13 @@ class Sources:
                 yield offset + start, name, tensor[start : start + rows]
             offset += len(tensor)
 
+    def tiles(self, first: int, last: int) -> Iterator[tuple[slice, str, Array]]:
+        """Yield (where it lies in rows [first, last), tensor's name, some of these rows)."""
+        for offset, name, rows in self.parts(_TILE // max(1, math.prod(self.weight.shape[1:])) or 1):
+            start, end = max(offset, first), min(offset + len(rows), last)
+            if start < end:
+                yield slice(start - first, end - first), name, rows[start - offset : end - offset]
+
     def check(self, stored: Array, name: str, tile: Array) -> None:
         """Raises: InputError if what is stored of a tile, its values or its scales, is not finite."""
         if is_finite(stored):
@@ -164,6 +172,9 @@ def _weight(
         yield partial(_piece, partial(np.empty, 0, np.uint8), ends=weight)
         return
     sources = Sources(checkpoint, weight)
+    if weight.role == "table" and recipe.table.bits is not None:
+        yield from _quantized_table(model, value, sources)
+        return
     # Parts of a product are of one form; one that is the embedding's table too goes by its own name.
     form = recipe.format_for(weight.name if len(weight.sources) == 1 else weight.sources[0])
     if weight.role == "linear" and form.bits is not None:
@@ -202,6 +213,16 @@ def _quantized(
     yield partial(_piece, lambda: scales, (scale, scales.nbytes), weight)
 
 
+def _quantized_table(model: ir.Model, value: ir.Value, sources: Sources) -> Iterator[Callable[[], Piece]]:
+    shape = sources.weight.shape
+    values, scale = insert_quantized_table(model.graph, value)
+    scales = np.empty((shape[0], 1), np.float16)
+    for first, last in _bands(shape):
+        make = partial(_rounded_rows, sources, first, last, scales)
+        yield partial(_piece, make, (values, math.prod(shape)) if first == 0 else None)
+    yield partial(_piece, lambda: scales, (scale, scales.nbytes), sources.weight)
+
+
 def _piece(make: Callable[[], Array], begins: tuple[ir.Value, int] | None = None, ends: Weight | None = None) -> Piece:
     return Piece(make(), begins, ends)
 
@@ -215,15 +236,23 @@ def _bands(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 def _as_it_is(sources: Sources, first: int, last: int, dtype: np.dtype[Any]) -> Array:
     """Return rows [first, last) of a table or of vectors that follow each other."""
-    width = sources.weight.shape[1:]
-    out = np.empty((last - first, *width), dtype)
-    for offset, name, rows in sources.parts(_TILE // max(1, math.prod(width)) or 1):
-        start, end = max(offset, first), min(offset + len(rows), last)
-        if start < end:
-            tile = rows[start - offset : end - offset]
-            stored = narrow(tile, dtype)
-            out[start - first : end - first] = stored
-            sources.check(stored, name, tile)
+    out = np.empty((last - first, *sources.weight.shape[1:]), dtype)
+    for place, name, tile in sources.tiles(first, last):
+        stored = narrow(tile, dtype)
+        out[place] = stored
+        sources.check(stored, name, tile)
+    return out
+
+
+def _rounded_rows(sources: Sources, first: int, last: int, scales: Array) -> Array:
+    """Return rows [first, last) of a table in int8, and fill in their scales [rows, 1]."""
+    out = np.empty((last - first, sources.weight.shape[1]), np.int8)
+    for place, name, tile in sources.tiles(first, last):
+        wide = widen(tile)
+        scale = scales_of(wide, 8, wide.shape[1])
+        sources.check(scale, name, tile)
+        scales[first:last][place] = scale
+        out[place] = round_to(wide, scale, 8)
     return out
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galerne.optimize.graph.uses import uses_of
+from galerne.optimize.lower.table import words_for_bytes
 from galerne.targets.operator_table import Departure, OperatorTable, Use, departures, load
 from galerne.targets.target import Stack, Target, load_all
 
@@ -44,15 +45,15 @@ class Refusal:
 def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
     """Return what a stack of a target does not take of a graph, none if it takes all.
 
-    The graph is the portable one. What the lowering for TensorRT adds to it, a Where for the mask and an attribute that lets
-    attention be decomposed, every parser reads.
+    The graph is the portable one, with its embedding table lowered for TensorRT. What else that lowering adds, a Where for the
+    mask and an attribute that lets attention be decomposed, every parser reads.
 
     Args:
         graph: of the ONNX file; its external data is not read.
         stack: one of the target's.
     Raises: InputError if it is no valid ONNX graph.
     """
-    opset, uses = uses_of(graph)
+    opset, uses = uses_of(graph, words_for_bytes if stack.operators is not None else None)
     by_node = {use.node: use for use in uses}
     parsers = _Parsers(opset)
     ways: dict[tuple[str | None, str, str], str] = {}  # layers repeat each other

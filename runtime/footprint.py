@@ -15,7 +15,7 @@ _SCALE_BYTES = 2
 _BLOCK_SIZES = (128, 64, 32)
 _NORM_BYTES = 4
 _ROUTER = ".gate.weight"
-HEAD = "lm_head.weight"
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _WILDCARD = re.compile(r"[*?[]")
 
 T = TypeVar("T")
@@ -80,17 +80,24 @@ class Forms(NamedTuple):
     """How a bundle stores its weights: those of the layers' products, the vocabulary projection, and all others.
 
     overrides: patterns over the weights' names in the checkpoint, and the forms of what they match; the first holds.
+    embed_tokens: the form of the embedding table; None for the compute type.
     """
 
     weights: Form
     lm_head: Form
     compute: str
     overrides: tuple[tuple[str, Form], ...] = ()
+    embed_tokens: Form | None = None
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an activation, of a cached value and of a value of the embedding table."""
+        """Bytes of an activation and of a cached value."""
         return _FLOATS[self.compute]
+
+    @property
+    def table(self) -> Form:
+        """The embedding table's form; int8 has a scale for each row."""
+        return self.embed_tokens or Form(self.compute)
 
     def form_for(self, weight: str) -> Form:
         """Return the form of a linear weight by its name in the checkpoint."""
@@ -128,7 +135,10 @@ class StoredProduct(NamedTuple):
 def forms_of(recipe: Mapping[str, Any]) -> Forms:
     """Return the forms of a recipe as a manifest holds it."""
     overrides = tuple((override["match"], _form(override["format"])) for override in recipe.get("overrides", ()))
-    return Forms(_form(recipe["weights"]), _form(recipe["lm_head"]), recipe["compute"], overrides)
+    table = recipe.get("embed_tokens")
+    return Forms(
+        _form(recipe["weights"]), _form(recipe["lm_head"]), recipe["compute"], overrides, table and _form(table)
+    )
 
 
 def _form(tree: Mapping[str, Any]) -> Form:
@@ -211,10 +221,19 @@ def head_shape(model: ModelFacts) -> tuple[int, int]:
 
 def stored_weight_bytes(model: ModelFacts, forms: Forms) -> int:
     """Return the bytes of all weights in the bundle, but for biases: some hundred thousandths."""
-    shared = model.tie_word_embeddings and forms.form_for(HEAD).is_float
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size * _NORM_BYTES
-    table = 0 if shared else model.vocab_size * model.hidden_size * forms.compute_bytes
+    table = 0 if shares_table(model, forms) else table_bytes(model, forms)
     return decode_weight_bytes(model, forms) + table + norms
+
+
+def shares_table(model: ModelFacts, forms: Forms) -> bool:
+    """Whether a bundle stores the embedding table and the vocabulary projection as one."""
+    return model.tie_word_embeddings and forms.form_for(HEAD) == forms.table
+
+
+def table_bytes(model: ModelFacts, forms: Forms) -> int:
+    """Return the bytes of the embedding table by itself."""
+    return int(forms.table.stored_bytes(model.hidden_size, model.vocab_size))
 
 
 def decode_weight_bytes(model: ModelFacts, forms: Forms) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from galerne import schema
 from galerne.files import read_file
+from galerne.optimize.quantize.recipe import Recipe, WeightFormat
 from galerne.runtime.manifest import Source
 
 RECORD = "galerne.json"
@@ -36,6 +37,11 @@ class Record:
     resolved: dict[str, Any]
     source: Source
     text: TextFacts
+
+    @property
+    def table(self) -> WeightFormat | None:
+        """What the recipe stores the embedding table in; None for its compute type."""
+        return schema.read(Recipe, self.resolved, f"{RECORD}: resolved").embed_tokens
 
     def summary(self) -> str:
         """Return a line for the manifest of a bundle."""

@@ -7,8 +7,7 @@ from torch import Tensor
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.tiles import is_finite, widen
-
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+from galerne.runtime.footprint import HEAD, TABLE
 
 
 def layer_prefix(number: int) -> str:

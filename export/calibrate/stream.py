@@ -14,7 +14,7 @@ from galerne.export.calibrate.fold import bounded, divide, fold_of
 from galerne.export.calibrate.folder import QuantizedFolder, as_stored
 from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
 from galerne.export.calibrate.rounded import LARGEST, RoundedWeight, round_weight, uses_hessian
-from galerne.export.calibrate.source import HEAD, LayerWeights, layer_prefix
+from galerne.export.calibrate.source import LayerWeights, layer_prefix
 from galerne.export.calibrate.statistics import Statistics
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
@@ -23,6 +23,7 @@ from galerne.optimize.quantize.awq import awq_factors
 from galerne.optimize.quantize.recipe import Method, Recipe
 from galerne.optimize.quantize.smooth import smooth_factors
 from galerne.progress import Task
+from galerne.runtime.footprint import HEAD
 
 # Inputs that AWQ's factors are searched on.
 _ROWS = 1024

@@ -2,9 +2,10 @@
 
 import torch
 
-from galerne.optimize.quantize.recipe import AnyRecipe, WeightFormat
-from galerne.optimize.quantize.rounding import dequantize, round_to
+from galerne.optimize.quantize.recipe import AnyRecipe
+from galerne.optimize.quantize.rounding import dequantize, round_to, scales_of
 from galerne.optimize.quantize.search import scales_by
+from galerne.runtime.footprint import TABLE
 
 
 def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe, first: int = 0) -> torch.Tensor:
@@ -21,12 +22,13 @@ def rounded_like(tensor: torch.Tensor, name: str, recipe: AnyRecipe, first: int 
         return tensor.to(getattr(torch, recipe.compute)).float()
     if tensor.ndim != 2:
         return tensor
-    form = WeightFormat(recipe.compute) if name == "model.embed_tokens.weight" else recipe.format_for(name)
+    form = recipe.table if name == TABLE else recipe.format_for(name)
     if form.bits is None:
         return tensor.to(getattr(torch, form.dtype)).float()
     block = form.block_for(tensor.shape[1], name)
     weight = tensor.numpy()
-    scale = scales_by(recipe.method, form.bits)(weight, form.bits, block)
+    find = scales_of if form.bits == 8 else scales_by(recipe.method, form.bits)  # at 8 bits all methods round alike
+    scale = find(weight, form.bits, block)
     return torch.from_numpy(dequantize(round_to(weight, scale, form.bits), scale))
 
 

@@ -27,6 +27,11 @@ class BundleWeights:
         graph = onnx.load(str(bundle.file(GRAPH)), load_external_data=False).graph
         self._folder = str(bundle.path)
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        gathers = [node for node in graph.node if node.op_type == "Gather"]
+        self._row_axes = {
+            node.input[0]: next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            for node in gathers
+        }
         self._products = {name for node in graph.node if node.op_type == "MatMul" for name in node.input[1:2]}
 
     def parameter(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Tensor | None:
@@ -56,7 +61,9 @@ class BundleWeights:
     def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a weight as transformers lays it out: [out, in]."""
         if name + VALUES_SUFFIX in self._tensors:
-            return torch.from_numpy(np.ascontiguousarray(self._dequantized(name).T))
+            rows_first = self._row_axes.get(name + VALUES_SUFFIX) == 0  # a table by itself
+            value = self._quantized_table(name) if rows_first else self._dequantized(name).T
+            return torch.from_numpy(np.ascontiguousarray(value))
         value = self._read(name)
         if len(shape) == 2 and name in self._products:
             value = np.ascontiguousarray(value.T)
@@ -70,6 +77,9 @@ class BundleWeights:
             zero = self._read(name + ZERO_POINT_SUFFIX)
             blocks = blocks - zero.reshape(len(blocks), 1, -1)
         return (blocks * scale.reshape(len(blocks), 1, -1)).reshape(values.shape)
+
+    def _quantized_table(self, name: str) -> Float32:
+        return self._read(name + VALUES_SUFFIX) * self._read(name + SCALE_SUFFIX)[:, None]
 
     def _read(self, name: str) -> Float32:
         return numpy_helper.to_array(self._tensors[name], base_dir=self._folder).astype(np.float32)

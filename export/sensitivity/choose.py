@@ -9,7 +9,7 @@ from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.quality.distance import Distance
-from galerne.export.sensitivity.groups import Group, groups_of, other_bytes
+from galerne.export.sensitivity.groups import Group, groups_of, head_bytes, other_bytes, table_beside
 from galerne.export.sensitivity.harm import measure_harms
 from galerne.export.sensitivity.limits import Limit
 from galerne.export.sensitivity.measured import Measure
@@ -91,9 +91,10 @@ def choose(
     fed = sequences(tokenizer, text, length, 2 * tokens, fewest=2 * length)
     groups = groups_of(facts)
     formats = [form for form in (WeightFormat(base.compute), *QUANTIZED) if limit.allows(form)]
-    bare = [_options(facts, group, formats, dict.fromkeys(formats, 0.0)) for group in groups]
+    tied = facts.tie_word_embeddings
+    bare = [_options(facts, group, formats, dict.fromkeys(formats, 0.0), base) for group in groups]
     smallest = Mix(tuple(min(options, key=lambda option: option.bytes) for options in bare))
-    limit.check_narrowest(smallest, mixed(base, groups, smallest))
+    limit.check_narrowest(smallest, mixed(base, groups, smallest, tied=tied))
     streamed = StreamedModel(checkpoint)
     rounding = replace(base, calibration=None, method="nearest") if base.calibrated else base
     with step("sensitivity"):
@@ -101,12 +102,12 @@ def choose(
         by_match = measure_harms(streamed, rounding, groups, rounded, fed[::2])
     # What the compute type does to a weight is not counted: it is hundreds of times less than int8.
     harms = [{WeightFormat(base.compute): 0.0, **by_match[group.match]} for group in groups]
-    found = mixes([_options(facts, group, formats, each) for group, each in zip(groups, harms, strict=True)])
+    found = mixes([_options(facts, group, formats, each, base) for group, each in zip(groups, harms, strict=True)])
     with step("choose"):
         measure = Measure(streamed, fed[1::2])
-        mix = limit.choose(found, lambda other: mixed(rounding, groups, other), measure)
-        measured = measure.distance(mixed(rounding, groups, mix))
-    recipe = mixed(base, groups, mix)
+        mix = limit.choose(found, lambda other: mixed(rounding, groups, other, tied=tied), measure)
+        measured = measure.distance(mixed(rounding, groups, mix, tied=tied))
+    recipe = mixed(base, groups, mix, tied=tied)
     kl = float(measured.kl.mean())
     how = " with weights rounded to nearest" if base.calibrated else ""
     measured_on = f"{measure.tokens} tokens of {text.name}{how}"
@@ -116,7 +117,7 @@ def choose(
         tuple(groups),
         tuple(harms),
         mix,
-        mix.bytes + other_bytes(facts, checkpoint),
+        mix.bytes + other_bytes(facts, checkpoint, base.table),
         mix.harm,
         measured,
         fed[::2].size,
@@ -124,8 +125,12 @@ def choose(
     )
 
 
-def mixed(base: Recipe, groups: Sequence[Group], mix: Mix) -> Recipe:
-    """Return a recipe that stores each group in its format, with as few overrides as that takes."""
+def mixed(base: Recipe, groups: Sequence[Group], mix: Mix, *, tied: bool) -> Recipe:
+    """Return a recipe that stores each group in its format, with as few overrides as that takes.
+
+    Args:
+        tied: whether the vocabulary projection is the embedding's table, which then goes by the projection's format.
+    """
     chosen = {group: option.format for group, option in zip(groups, mix.options, strict=True)}
     head = next(form for group, form in chosen.items() if group.layer is None)
     counts: Counter[WeightFormat] = Counter()
@@ -139,19 +144,18 @@ def mixed(base: Recipe, groups: Sequence[Group], mix: Mix) -> Recipe:
         if len(set(own.values())) == 1:
             own = {f"model.layers.{layer}.*": next(iter(own.values()))}
         overrides += [Override(match, form) for match, form in own.items() if form != common]
-    made = replace(base, weights=common, lm_head=head, overrides=tuple(overrides))
+    table = table_beside(head, base.table) if tied else base.table
+    embed_tokens = None if table.bits is None else table
+    made = replace(base, weights=common, lm_head=head, overrides=tuple(overrides), embed_tokens=embed_tokens)
     if all(form.bits is None for form in made.formats):  # nothing is rounded, however it would be
         made = replace(made, method="nearest", calibration=None)
     return made
 
 
 def _options(
-    facts: ModelFacts, group: Group, formats: Sequence[WeightFormat], harms: dict[WeightFormat, float]
+    facts: ModelFacts, group: Group, formats: Sequence[WeightFormat], harms: dict[WeightFormat, float], base: Recipe
 ) -> list[Option]:
-    shared = (
-        group.match == HEAD and facts.tie_word_embeddings
-    )  # a wide one is the embedding's table, which is there anyway
-    return [
-        Option(form, 0 if shared and form.bits is None else group.stored_bytes(form), harms[form])
-        for form in group.formats(formats)
-    ]
+    def size(form: WeightFormat) -> int:
+        return head_bytes(facts, group, form, base.table) if group.match == HEAD else group.stored_bytes(form)
+
+    return [Option(form, size(form), harms[form]) for form in group.formats(formats)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.weights import ALIGNMENT_BYTES
 from galerne.optimize.quantize.recipe import WeightFormat
-from galerne.runtime.footprint import HEAD, Form, Product, head_product, layer_products, weight_names
+from galerne.runtime.footprint import HEAD, TABLE, Form, Product, head_product, layer_products, weight_names
 from galerne.runtime.manifest import ModelFacts
 
 _NORM_BYTES = 4
@@ -87,14 +87,40 @@ def _pattern(product: Product) -> str:
     return f"{folder}.{alike}.weight"
 
 
-def other_bytes(model: ModelFacts, checkpoint: Checkpoint) -> int:
-    """Return the most that `weights.bin` holds beside the groups: the embedding's table, norms, biases, routers."""
-    skipped = {*weight_names(model), HEAD}
-    return sum(
+def other_bytes(model: ModelFacts, checkpoint: Checkpoint, table: WeightFormat) -> int:
+    """Return the most that `weights.bin` holds beside the groups: norms, biases, routers, and the embedding's table.
+
+    Args:
+        table: its format. One that is the vocabulary projection too is counted with that group (`head_bytes`).
+    """
+    skipped = {*weight_names(model), HEAD, TABLE}
+    apart = 0 if model.tie_word_embeddings else _table_bytes(model, table)
+    return apart + sum(
         paged(math.prod(shape) * (_NORM_BYTES if "norm" in name else 2))
         for name, shape in _shapes(checkpoint).items()
         if name not in skipped
     )
+
+
+def table_beside(head: WeightFormat, base: WeightFormat) -> WeightFormat:
+    """Return the format of a table that is the vocabulary projection too: the projection's, where it can have that.
+
+    Args:
+        head: the projection's. base: the table's where that is none for a table.
+    """
+    return base if head.dtype == "int4" else head
+
+
+def head_bytes(model: ModelFacts, group: Group, head: WeightFormat, base: WeightFormat) -> int:
+    """Return what the vocabulary projection takes, with the embedding's table where that is the same tensor of the source."""
+    table = table_beside(head, base)
+    apart = _table_bytes(model, table) if model.tie_word_embeddings and table != head else 0
+    return group.stored_bytes(head) + apart
+
+
+def _table_bytes(model: ModelFacts, table: WeightFormat) -> int:
+    values = model.vocab_size * model.hidden_size
+    return paged(values) + paged(2 * model.vocab_size) if table.bits == 8 else paged(2 * values)
 
 
 def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:

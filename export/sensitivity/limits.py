@@ -61,8 +61,8 @@ class SizeLimit:
         """Raises: CheckFailed if it is larger."""
         if not self._holds(mix):
             raise CheckFailed(
-                f"--max-size: expected at least {mix.bytes + self.other_bytes} bytes, which the narrowest mix takes with the "
-                f"embedding's table in float16; found {self.max_bytes}"
+                f"--max-size: expected at least {mix.bytes + self.other_bytes} bytes, which the narrowest mix takes; "
+                f"found {self.max_bytes}"
             )
 
     def choose(self, found: list[Mix], build: Build, measure: Measure) -> Mix:

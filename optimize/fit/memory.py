@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from galerne.optimize.fit.workload import Workload
 from galerne.runtime.engines.tensorrt.package import numbers
-from galerne.runtime.footprint import StoredProduct, slot_bytes, stored_products, stored_weight_bytes
+from galerne.runtime.footprint import (
+    StoredProduct,
+    shares_table,
+    slot_bytes,
+    stored_products,
+    stored_weight_bytes,
+    table_bytes,
+)
 from galerne.targets.target import Stack, Target
 
 # ONNX Runtime keeps a quantized weight packed, with a float32 scale and a float32 sum of the weights for each block, and
@@ -71,7 +78,7 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     stored = stored_products(model, forms)
     products = sum(map(_packed_bytes, stored))
     largest = max(_packed_bytes(product) + _raw_bytes(product) for product in stored)
-    table = model.vocab_size * model.hidden_size * forms.compute_bytes
+    table = table_bytes(model, forms)
     process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
     slots, before = work.grown_slots()
     slot = slot_bytes(model, compute) * work.batch
@@ -124,8 +131,10 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     workspace = max(0 if form.is_float else rows * columns * compute for form, rows, columns in products)
     # Only TensorScatter updates a ring in place; without it each run reads one set of rings and writes another.
     sets = 2 if stack.dialect == "primitive" else 1
+    # A quantized table is read in another type than the vocabulary projection (`optimize.lower.table`), so it is there twice.
+    again = table_bytes(model, forms) if shares_table(model, forms) and not forms.table.is_float else 0
     parts = {
-        "weights": stored_weight_bytes(model, forms),
+        "weights": stored_weight_bytes(model, forms) + again,
         "cache": sets * work.full_slots() * slot_bytes(model, compute) * work.batch,
         "activations": activations,
         "workspace": workspace,

@@ -1,6 +1,6 @@
 """Reads a graph the way that an operator table of `targets/operators/` speaks of one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -26,15 +26,18 @@ _TYPES: dict[int, str] = {
 }
 
 
-def uses_of(path: Path) -> tuple[int, list[Use]]:
+def uses_of(path: Path, lower: Callable[[onnx.GraphProto], object] | None = None) -> tuple[int, list[Use]]:
     """Return a graph's opset and what each of its nodes asks of a parser.
 
     Args:
         path: of the ONNX file; its external data is not read.
+        lower: changes the graph in memory before it is looked at.
     Raises: InputError if it is no valid ONNX graph.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
+        if lower is not None:
+            lower(model.graph)
         model = shape_inference.infer_shapes(model, strict_mode=True)
     except (DecodeError, shape_inference.InferenceError) as exc:
         raise InputError(f"{path}: not a valid ONNX graph ({' '.join(str(exc).split())}); export it again") from exc

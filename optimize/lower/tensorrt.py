@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from galerne.optimize.lower.table import words_for_bytes
+
 # Far below any score, yet with room in float16 for a score to be added without reaching minus infinity, which a tile of
 # the attention kernel that sees no key at all would turn into NaN. In float32, exp of it is exactly 0.
 HIDDEN = -30000.0
@@ -31,6 +33,8 @@ def lower(model: onnx.ModelProto, capacities: Sequence[int], compute_type: str) 
     _fix_rings(model.graph, capacities)
     if _add_mask(model.graph, compute_type):
         done["mask"] = "additive"
+    if words_for_bytes(model.graph):
+        done["table"] = "words"
     if _allow_decomposing(model.graph):
         done["attention"] = "decomposable"
     return done

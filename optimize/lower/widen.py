@@ -24,6 +24,9 @@ def widen(model: ir.Model) -> None:
         if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in _NARROW:
             source = node.inputs[0]
             assert source is not None
+            if source.dtype == ir.DataType.INT8:  # rows of a quantized table
+                node.attributes["to"] = ir.AttrInt64("to", _FLOAT.value)
+                continue
             ir.convenience.replace_all_uses_with(node.outputs[0], source)
             graph.remove(node, safe=True)
     for value in list(graph.initializers.values()):

@@ -1,5 +1,6 @@
 """Puts DequantizeLinear between a product and its quantized weight, and QuantizeLinear before its rounded input."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,8 +98,8 @@ def round_inputs(graph: ir.Graph, weight: ir.Value, rounded: RoundedInput) -> No
     assert weight.name is not None
     narrow, wide = weight.dtype, ir.DataType.FLOAT
     kind = ir.DataType.INT8 if rounded.kind == "int8" else ir.DataType.FLOAT8E4M3FN
-    scale = _constant(graph, weight.name + INPUT_SCALE_SUFFIX, np.array(rounded.scale, np.float32))
-    zero = _constant(graph, weight.name + INPUT_ZERO_POINT_SUFFIX, np.array(0, kind.numpy()))
+    scale = new_constant(graph, weight.name + INPUT_SCALE_SUFFIX, np.array(rounded.scale, np.float32))
+    zero = new_constant(graph, weight.name + INPUT_ZERO_POINT_SUFFIX, np.array(0, kind.numpy()))
     weight.type = ir.TensorType(wide)  # a new one: parts of a product that was split share theirs
     for product, _ in tuple(weight.uses()):
         assert product.name is not None and product.inputs[0] is not None
@@ -106,11 +107,11 @@ def round_inputs(graph: ir.Graph, weight: ir.Value, rounded: RoundedInput) -> No
         x = _before_cast(product.inputs[0])
         nodes = []
         if _type_of(x) != wide:
-            nodes.append(_node("Cast", [x], {"to": wide.value}, f"{base}Cast", wide))
+            nodes.append(new_node("Cast", [x], {"to": wide.value}, f"{base}Cast", wide))
             x = nodes[0].outputs[0]
-        nodes.append(_node("QuantizeLinear", [x, scale, zero], {}, f"{base}QuantizeLinear", kind))
+        nodes.append(new_node("QuantizeLinear", [x, scale, zero], {}, f"{base}QuantizeLinear", kind))
         nodes.append(
-            _node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero], {}, f"{base}DequantizeLinear", wide)
+            new_node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero], {}, f"{base}DequantizeLinear", wide)
         )
         graph.insert_before(product, nodes)
         unrounded = product.inputs[0]
@@ -155,19 +156,23 @@ def _narrow_output(graph: ir.Graph, product: ir.Node, narrow: ir.DataType) -> No
     users = [(user, index) for user, index in output.uses() if user.op_type != "Cast"]
     if not users:
         return
-    cast_back = _node("Cast", [output], {"to": narrow.value}, f"{product.name}/Cast", narrow)
+    cast_back = new_node("Cast", [output], {"to": narrow.value}, f"{product.name}/Cast", narrow)
     graph.insert_after(product, cast_back)
     for user, index in users:
         user.replace_input_with(index, cast_back.outputs[0])
 
 
-def _node(kind: str, inputs: list[ir.Value], attributes: dict[str, int], name: str, dtype: ir.DataType) -> ir.Node:
+def new_node(
+    kind: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int | Sequence[int]], name: str, dtype: ir.DataType
+) -> ir.Node:
+    """Return a node with one output of a type, named after it."""
     node = ir.node(kind, inputs, attributes, name=name)
     node.outputs[0].name, node.outputs[0].type = f"{name}_output_0", ir.TensorType(dtype)
     return node
 
 
-def _constant(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+def new_constant(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    """Return a new initializer that holds an array."""
     value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(ir.tensor(data).dtype))
     value.const_value = ir.tensor(data, name=name)
     graph.initializers[name] = value

@@ -98,8 +98,10 @@ class Calibration:
 class Recipe:
     """A recipe as its TOML file reads.
 
-    compute: the type of activations, of the ring and of the embedding table.
+    compute: the type of activations and of the ring.
     lm_head: the format of the vocabulary projection, which is more sensitive than the rest.
+    embed_tokens: the format of the embedding table: int8, one scale for a token's row, or the compute type, as where it is
+        absent. A table that is the vocabulary projection too is stored once where both have one format.
     method: how weights are rounded.
     overrides: other formats for some weights; the first that matches holds.
     activations: what the inputs of quantized products are rounded to, with one scale a tensor from calibration; absent for none.
@@ -118,6 +120,7 @@ class Recipe:
     smoothing: float | None = field(default=None, metadata=schema.LATER)
     calibration: Calibration | None = field(default=None, metadata=schema.LATER)
     wide_inputs: tuple[str, ...] = field(default=(), metadata=schema.LATER)
+    embed_tokens: WeightFormat | None = field(default=None, metadata=schema.LATER)
 
     @property
     def calibrated(self) -> bool:
@@ -128,6 +131,11 @@ class Recipe:
     def formats(self) -> tuple[WeightFormat, ...]:
         """All formats that it names."""
         return self.weights, self.lm_head, *(override.format for override in self.overrides)
+
+    @property
+    def table(self) -> WeightFormat:
+        """The embedding table's format."""
+        return self.embed_tokens or WeightFormat(self.compute)
 
     def format_for(self, weight: str) -> WeightFormat:
         """Return the format of a linear weight by its name in the checkpoint; see `choose_form`."""
@@ -163,6 +171,8 @@ class CheckpointRecipe:
     weights, lm_head: what most of the weights, and the vocabulary projection, are stored in.
     activations: what the inputs of products are rounded to, by scales in the checkpoint; absent where none is.
     overrides: the weights of layers that are stored otherwise; absent for none.
+    embed_tokens: the format of the embedding table, which is rounded to nearest where it is not the compute type, as where it is
+        absent.
     """
 
     description: str
@@ -172,11 +182,17 @@ class CheckpointRecipe:
     method: Literal["checkpoint"] = "checkpoint"
     activations: Rounded | None = field(default=None, metadata=schema.LATER)
     overrides: tuple[StoredOverride, ...] = field(default=(), metadata=schema.LATER)
+    embed_tokens: WeightFormat | None = field(default=None, metadata=schema.LATER)
 
     @property
     def formats(self) -> tuple[StoredFormat, ...]:
         """The formats that it names."""
         return self.weights, self.lm_head, *(override.format for override in self.overrides)
+
+    @property
+    def table(self) -> WeightFormat:
+        """The embedding table's format."""
+        return self.embed_tokens or WeightFormat(self.compute)
 
     def format_for(self, weight: str) -> WeightFormat:
         """Return the format of a linear weight that the checkpoint has not quantized."""
@@ -249,6 +265,12 @@ def load(name: str) -> Recipe:
         _check_format(f"{name}: {key}", form, recipe)
         if form.bits is not None and recipe.compute != "float16":
             raise InputError(f"{name}: compute: expected float16 with quantized weights, found {recipe.compute}")
+    if recipe.table not in (WeightFormat(recipe.compute), WeightFormat("int8")):
+        raise InputError(
+            f"{name}: embed_tokens: expected dtype int8 or {recipe.compute} as in compute; found {recipe.table}"
+        )
+    if recipe.table.bits is not None and recipe.compute != "float16":
+        raise InputError(f"{name}: compute: expected float16 with a quantized table, found {recipe.compute}")
     _check_method(name, recipe)
     return recipe
 

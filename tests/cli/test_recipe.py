@@ -101,7 +101,7 @@ def test_a_target_without_int4_gets_none_of_it(tmp_path: Path, capsys: pytest.Ca
     ran = Ran(capsys, TINY, *FAST, "--target", "t4", "--context", "256", "--out", tmp_path / "mine.toml", "--json")
     assert ran.status == 0, ran.err
     assert {group["format"] for group in ran.json["groups"]} == {"float16"}  # it fits as it is
-    assert ran.json["mean_kl"] < 1e-5
+    assert ran.json["mean_kl"] < 3e-5  # of the embedding table, which stays in int8
     assert all(group["harm"].keys() == {"float16", "int8"} for group in ran.json["groups"])
     assert ran.json["description"].startswith("made to fit t4 with batch 1 and context 256: ")
 

@@ -87,7 +87,7 @@ def test_names_say_the_layer(bundle_of: Bundles) -> None:
     assert {"/model/layers.1/self_attn/qkv_proj/MatMul", "/model/layers.0/mlp/down_proj/DequantizeLinear"} <= names
     assert len(names) == len(graph.node)
     stored = {tensor.name for tensor in graph.initializer}
-    assert {"model.layers.0.mlp.gate_up_proj.weight_quantized", "model.embed_tokens.weight"} <= stored
+    assert {"model.layers.0.mlp.gate_up_proj.weight_quantized", "model.embed_tokens.weight_quantized"} <= stored
 
 
 def test_weights_start_on_pages(bundle_of: Bundles) -> None:

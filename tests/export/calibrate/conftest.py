@@ -105,6 +105,7 @@ def make_recipe() -> MakeRecipe:
         path.write_text(
             f'description = "{method} for a test"\ncompute = "float16"\nmethod = "{method}"\n'
             f'weights = {{ dtype = "int4", block_size = {block} }}\nlm_head = {{ dtype = "{lm_head}" }}\n'
+            'embed_tokens = { dtype = "int8" }\n'
             f"calibration = {{ tokens = {tokens}, length = {length} }}\n{extra}"
         )
         return path

@@ -24,6 +24,7 @@ from galerne.optimize.quantize import recipe
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
 TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
 FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
+TIED = {"llama", "gemma2", "gemma3"}
 
 
 def logits(folder: Path, ids: Tensor) -> Tensor:
@@ -50,7 +51,9 @@ def test_export_and_verify_take_it(family: str, method: str, quantized_of: Calla
     checkpoint = open_checkpoint(quantized_of(family, method))
     bundle = export(checkpoint, choose_recipe(checkpoint, None, None), tmp_path / "bundle", chunk=8)
     assert bundle.manifest.recipe["weights"] == {"dtype": "int4", "block_size": 32}
-    assert bundle.manifest.recipe["lm_head"]["dtype"] == "int8"
+    assert bundle.manifest.recipe["lm_head"]["dtype"] == bundle.manifest.recipe["embed_tokens"]["dtype"] == "int8"
+    # The folder has two tensors where its source had one, and the bundle has one again.
+    assert bundle.manifest.model.tie_word_embeddings == (family in TIED)
     report = verify(bundle, checkpoint)
     assert report.passed, [case for case in report.cases if not case.passed]
 

@@ -18,6 +18,7 @@ from galerne.export.export import export
 from galerne.export.parity.verify import verify
 from galerne.optimize.builders.build import build
 from galerne.optimize.graph.uses import uses_of
+from galerne.optimize.lower.table import words_for_bytes
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines.record import load_record
@@ -44,7 +45,7 @@ def test_tensorrt_10_3_lists_all_of_the_graph(primitive_of: Bundles, name: str) 
     bundle = primitive_of(name)
     path = bundle.file(GRAPH)
     onnx.checker.check_model(str(path), full_check=True)
-    opset, uses = uses_of(path)
+    opset, uses = uses_of(path, words_for_bytes)
     assert (bundle.manifest.graph.dialect, bundle.manifest.graph.opset) == ("primitive", opset)
     assert opset == (21 if name == "int4-rtn" else 20)
     assert operator_table.departures(TENSORRT, opset, uses) == []
@@ -130,7 +131,7 @@ def test_cpu_engine(mistral: Checkpoint, primitive_of: Bundles, tmp_path: Path, 
 )
 def test_tensorrt_rtx_builds_it(primitive_of: Bundles, tmp_path: Path, name: str, device: str) -> None:
     made = build(copy(primitive_of(name), tmp_path), target.load(device))
-    assert load_record(made, device).options == {
-        "capacities": [24]
-    }  # nothing of the graph but the ring's size is lowered
+    # Nothing of the graph but the ring's size and an int8 table is lowered.
+    table = {"table": "words"} if name.startswith("int") else {}
+    assert load_record(made, device).options == {"capacities": [24], **table}
     assert made.file(f"engines/{device}/engine.plan").stat().st_size > 100_000
