@@ -84,7 +84,7 @@ class TinyGguf:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.arch = "llama"
-        self.metadata: dict[str, int | float | str] = {
+        self.metadata: dict[str, int | float | str | list[str] | list[int]] = {
             "llama.block_count": 1,
             "llama.context_length": 128,
             "llama.embedding_length": HIDDEN,
@@ -129,6 +129,8 @@ class TinyGguf:
         for key, value in self.metadata.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
+            elif isinstance(value, list):
+                writer.add_array(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             else:
