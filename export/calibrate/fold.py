@@ -1,7 +1,8 @@
 """Factors on the input channels of products that whatever comes before them undoes, so that the model computes what it did.
 
 AWQ and SmoothQuant multiply a weight's columns; the channels of its input are divided by as much where they are made: in the
-norm before q, k, v and before gate, up; in v's rows before o, where each head has a value of its own; in up's rows before down.
+norm before q, k, v and before gate, up; in v's rows before o; in up's rows before down. Where several heads share a value, the
+channels of o that read one row of v share a factor.
 """
 
 from dataclasses import dataclass
@@ -23,21 +24,36 @@ class Fold:
     """Where the factors of a group's input go.
 
     norm: a norm within the layer; or product, first: the rows of a product from `first` on.
+    readers, width: how many channels of the input read each of those places, where that is more than one: with places in
+        rows of `width`, each row is read `readers` times before the next.
     """
 
     norm: str | None
     product: str = ""
     first: int = 0
+    readers: int = 1
+    width: int = 1
+
+    def by_place(self, of_channels: Float32) -> Float32:
+        """Bring values by input channel, [n, in], into rows by place, [n * readers, places]."""
+        parts = of_channels.reshape(len(of_channels), -1, self.readers, self.width)
+        return parts.swapaxes(1, 2).reshape(len(of_channels) * self.readers, -1)
+
+    def by_channel(self, of_places: Float32) -> Float32:
+        """Give each input channel the value of its place: [places] to [in]."""
+        return np.repeat(of_places.reshape(-1, 1, self.width), self.readers, axis=1).reshape(-1)
 
 
 def fold_of(group: Group, spec: DecoderSpec) -> Fold | None:
     """Return where a group's factors go; None where nothing can undo them."""
     if group.norm is not None:
         return Fold(group.norm)
-    if group.products == ("self_attn.o_proj",) and spec.num_attention_heads == spec.num_key_value_heads:
+    if group.products == ("self_attn.o_proj",):
+        heads, shared = spec.num_attention_heads, spec.num_attention_heads // spec.num_key_value_heads
         if spec.fused_projections:
-            return Fold(None, "self_attn.qkv_proj", 2 * spec.num_attention_heads * spec.head_dim)
-        return Fold(None, "self_attn.v_proj")
+            first = (heads + spec.num_key_value_heads) * spec.head_dim
+            return Fold(None, "self_attn.qkv_proj", first, shared, spec.head_dim)
+        return Fold(None, "self_attn.v_proj", 0, shared, spec.head_dim)
     if group.products == ("mlp.down_proj",):
         if spec.fused_projections:
             return Fold(None, "mlp.gate_up_proj", spec.intermediate_size)
@@ -46,7 +62,7 @@ def fold_of(group: Group, spec: DecoderSpec) -> Fold | None:
 
 
 def bounded(factors: Float32, fold: Fold, prefix: str, rounded: dict[str, RoundedWeight]) -> Float32:
-    """Return factors [in] so small that no scale of the rows that they divide becomes too small for float16."""
+    """Return factors [places] so small that no scale of the rows that they divide becomes too small for float16."""
     made = rounded.get(f"{prefix}{fold.product}.weight")
     if fold.norm is not None or made is None:
         return factors
@@ -63,7 +79,7 @@ def divide(
     weights: LayerWeights,
     rounded: dict[str, RoundedWeight],
 ) -> None:
-    """Divide what a group's input comes from by factors [in], in place.
+    """Divide what a group's input comes from by factors [places], in place.
 
     Args:
         prefix: of the layer's names.

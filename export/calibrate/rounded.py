@@ -82,8 +82,8 @@ def round_weight(
 
 
 def uses_hessian(form: WeightFormat, method: Method) -> bool:
-    """Whether a weight is rounded by GPTQ. At 8 bits rounding to nearest costs next to nothing, whatever the method."""
-    return method == "gptq" and form.bits == 4
+    """Whether a weight is rounded by GPTQ."""
+    return method == "gptq" and form.dtype in ("int4", "int8")
 
 
 def _round_float8(name: str, weight: Float32, where: str) -> RoundedWeight:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from galerne.errors import InputError
 from galerne.export.calibrate.compressed import Scheme, tensors_of
-from galerne.export.calibrate.fold import bounded, divide, fold_of
+from galerne.export.calibrate.fold import Fold, bounded, divide, fold_of
 from galerne.export.calibrate.folder import QuantizedFolder, as_stored
 from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
 from galerne.export.calibrate.rounded import LARGEST, RoundedWeight, round_weight, uses_hessian
@@ -20,7 +20,7 @@ from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.spec import DecoderSpec
 from galerne.optimize.quantize.awq import awq_factors
-from galerne.optimize.quantize.recipe import Method, Recipe
+from galerne.optimize.quantize.recipe import Recipe
 from galerne.optimize.quantize.smooth import smooth_factors
 from galerne.progress import Task
 from galerne.runtime.footprint import HEAD
@@ -79,7 +79,7 @@ class Stream:
             for number in range(done, self.count):
                 self._layer(folder, number, task)
                 folder.clear(number + 1)
-        folder.write(self.count, self._rest())
+        folder.write(self.count, self._rest(folder))
 
     def _enter(self, folder: QuantizedFolder, *, fresh: bool) -> None:
         """Run the embedding on the text; on one sequence only where the hidden states are there and the layers' calls are not."""
@@ -127,9 +127,12 @@ class Stream:
         smoothed = self._recipe.smoothing is not None and any(map(self._recipe.inputs_of, quantized))
         factored = smoothed or (self._recipe.method == "awq" and quantized)
         fold = fold_of(group, self._spec) if factored else None
+        if fold is not None and fold.readers > 1 and not smoothed:
+            fold = None  # AWQ searches for a factor by channel
         if fold is not None:
-            factors = bounded(self._factors(quantized, statistics), fold, prefix, rounded)
-            divide(factors, fold, prefix, self._spec, self._weights, rounded)
+            of_places = bounded(self._factors(quantized, statistics, fold), fold, prefix, rounded)
+            divide(of_places, fold, prefix, self._spec, self._weights, rounded)
+            factors = fold.by_channel(of_places)
             run.divide(group, factors)
             statistics.divide(factors)
             for name in names:
@@ -141,11 +144,12 @@ class Stream:
         for name in quantized:
             self._round(name, statistics, rounded)
 
-    def _factors(self, names: list[str], statistics: Statistics) -> Float32:
-        """Return the factors of products that share an input, [in]."""
+    def _factors(self, names: list[str], statistics: Statistics, fold: Fold) -> Float32:
+        """Return the factors of products that share an input, by the places that it comes from."""
         weights = [self._weights(name).numpy() for name in names]
         if self._recipe.smoothing is not None:
-            return smooth_factors(weights, statistics.max_abs, self._recipe.smoothing)
+            largest = fold.by_place(statistics.max_abs[None]).max(axis=0)
+            return smooth_factors([fold.by_place(weight) for weight in weights], largest, self._recipe.smoothing)
         form = self._recipe.format_for(names[0])
         assert form.bits is not None
         block = form.block_for(weights[0].shape[1], names[0])
@@ -189,7 +193,7 @@ class Stream:
             self._checkpoint.release(name)
         return tensors
 
-    def _rest(self) -> dict[str, Tensor]:
+    def _rest(self, folder: QuantizedFolder) -> dict[str, Tensor]:
         """Return what belongs to no layer: the table, the last norm, the vocabulary projection."""
         self._weights.enter(self.count)
         tensors = {
@@ -199,10 +203,17 @@ class Stream:
             and not (name == HEAD and (self._weights.tied or self._head_rounded))
         }
         if self._head_rounded:
-            form, method = self._recipe.format_for(HEAD), self._recipe.method
-            plain: Method = "nearest" if method == "nearest" else "search"
+            form, method, statistics = self._recipe.format_for(HEAD), self._recipe.method, None
+            if self._weights.tied and form == self._recipe.table:
+                method = "nearest"  # as the table is: the two stay one tensor
+            if uses_hessian(form, method):
+                statistics = Statistics(self._spec.hidden_size, hessian=True)
+                for hidden in folder.hidden(self.count):
+                    statistics.add(self._layers.final_norm(hidden))
+            elif method != "nearest":
+                method = "search"
             weight = self._weights.read(HEAD).numpy()
-            head = round_weight(HEAD, weight, form, plain, None, str(self._checkpoint.path))
+            head = round_weight(HEAD, weight, form, method, statistics, str(self._checkpoint.path))
             tensors |= tensors_of(HEAD.removesuffix(".weight"), head)
         return tensors
 

@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from galerne.errors import InputError
 from galerne.optimize.quantize.cholesky import factorize
-from galerne.optimize.quantize.rounding import LEVELS, Float16, Float32, Int8
+from galerne.optimize.quantize.rounding import LEVELS, Float16, Float32, Int8, scales_of
 from galerne.optimize.quantize.search import searched_scales
 
 # Channels that are rounded one by one before what they leave over goes to the others, in one product of matrices.
 _LEAF = 16
+# Outputs that are rounded together: a vocabulary has more than memory should hold several times over in float32.
+_OUTPUTS = 1 << 14
 # Damping is raised by this factor until the Hessian has a Cholesky factor in float32, and no further than to the limit.
 _RAISE, _LIMIT = 10, 1e4
 
@@ -29,8 +31,9 @@ def gptq(
 ) -> tuple[Int8, Float16]:
     """Round a weight so that its product with the calibration inputs changes least.
 
-    Channels are rounded in the order of their inputs' size, but keep their place and their block: scales are searched for before,
-    with the sizes as weights, so that no index of groups is needed. A channel whose input was always zero is rounded to nearest.
+    Channels are rounded in the order of their inputs' size, but keep their place and their block: 4-bit scales are searched for
+    before, with the sizes as weights, so that no index of groups is needed; at 8 bits they clip nothing. A channel whose input
+    was always zero is rounded to nearest.
 
     Args:
         weight: [out, in].
@@ -44,10 +47,13 @@ def gptq(
     """
     _check(weight, hessian, block, name)
     order, factor, importance = _factor(hessian, damping, name)
-    scales = searched_scales(weight, bits, block, importance)
+    scales = searched_scales(weight, bits, block, importance) if bits == 4 else scales_of(weight, bits, block)
     if not np.isfinite(scales).all():
         raise InputError(f"{name}: a value is too large for a scale in float16")
-    values = _round(weight, scales, order, factor, bits, block)
+    values = np.empty(weight.shape, np.int8)
+    for first in range(0, len(weight), _OUTPUTS):
+        rows = slice(first, first + _OUTPUTS)
+        values[rows] = _round(weight[rows], scales[rows], order, factor, bits, block)
     return values, scales
 
 

@@ -17,7 +17,6 @@ from galerne.export.parity.streamed import StreamedModel
 from galerne.optimize.quantize.recipe import WeightFormat
 
 FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
-ONE_TO_ONE = {"llama", "phi3"}  # those whose every head has a value of its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,20 +40,20 @@ def test_a_layer_computes_what_it_did(family: str, rounded_before: bool, family_
     run, folded = LayerRun(layers, 0, hidden, lambda _, shape: np.empty(shape, np.float32)), 0
     for group in groups:
         width = {x.shape[1] for x in run.inputs(group)}.pop()
-        if (fold := fold_of(group, spec)) is None:
-            assert group.products == ("self_attn.o_proj",)
-            assert family not in ONE_TO_ONE
-            continue
+        fold = fold_of(group, spec)
+        assert fold is not None
         if rounded_before and fold.norm is not None:  # weights that are multiplied before they are rounded
             continue
         folded += 1
-        factors = bounded(rng.uniform(0.4, 2.5, width).astype(np.float32), fold, prefix, rounded)
-        assert factors.max() > 2
-        divide(factors, fold, prefix, spec, weights, rounded)
+        places = rng.uniform(0.4, 2.5, width // fold.readers).astype(np.float32)
+        of_places = bounded(places, fold, prefix, rounded)
+        assert of_places.max() > 2
+        divide(of_places, fold, prefix, spec, weights, rounded)
+        factors = fold.by_channel(of_places)
         run.divide(group, factors)
         for name in (f"{prefix}{product}.weight" for product in group.products):
             weights.replace(name, weights(name) * torch.from_numpy(factors))
-    assert folded == (4 if family in ONE_TO_ONE else 3) - (2 if rounded_before else 0)
+    assert folded == 4 - (2 if rounded_before else 0)
     kept = list(run.outputs())  # from the kept activations
     run.close()
     whole = [layers.run(0, states) for states in hidden]
@@ -73,3 +72,12 @@ def test_factors_are_bounded_where_scales_would_become_too_small() -> None:
     assert found[0] < 2
     assert found[1] == 1000
     assert made.divided(0, found).scales.min() >= np.finfo(np.float16).tiny
+
+
+def test_channels_that_read_one_place() -> None:
+    """Two values of width 3, each read by two heads: the largest of both decides, and both get its factor."""
+    fold = Fold(None, "self_attn.v_proj", 0, 2, 3)
+    channels = np.arange(12, dtype=np.float32)
+    assert fold.by_place(channels[None]).tolist() == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+    places = fold.by_place(channels[None]).max(axis=0)
+    assert fold.by_channel(places).tolist() == [3, 4, 5, 3, 4, 5, 9, 10, 11, 9, 10, 11]

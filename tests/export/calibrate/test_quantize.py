@@ -100,7 +100,8 @@ def test_a_tied_projection_gets_weights_of_its_own(quantized_of: Callable[..., P
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     checkpoint = open_checkpoint(folder)
     table, head = checkpoint.read("model.embed_tokens.weight"), checkpoint.read("lm_head.weight")
-    assert np.abs(head - table).max() <= np.abs(table).max() / 127
+    # GPTQ moves a weight by more than half a step, to make up for others.
+    assert np.abs(head - table).max() <= 3 * np.abs(table).max() / 127
     assert not np.array_equal(head, table)
 
 
