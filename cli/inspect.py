@@ -37,7 +37,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
         ["heads", f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"],
         ["window", "; ".join(windows)],
         ["graph", f"{graph.dialect}, ONNX opset {graph.opset}"],
-        ["ring", f"{' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk}, {graph.compute_type}"],
+        ["ring", f"{' and '.join(map(str, graph.capacities))} slots, chunks of {graph.chunk}, {graph.ring_type}"],
         ["context", "no limit" if graph.max_context is None else f"{graph.max_context} tokens"],
         ["adapters", f"{len(graph.adapter_slots)} slots" if graph.adapter_slots else "no slots"],
         ["recipe", str(manifest.recipe["description"])],

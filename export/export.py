@@ -28,6 +28,7 @@ from galerne.optimize.graph.adapter_slots import add_adapter_slots
 from galerne.optimize.graph.clean import clean
 from galerne.optimize.graph.names import name as name_graph
 from galerne.optimize.graph.weights import fold_weights
+from galerne.optimize.quantize.cache import round_cache
 from galerne.optimize.quantize.qdq import opset_of
 from galerne.optimize.quantize.recipe import AnyRecipe, check_overrides
 from galerne.optimize.quantize.table import share_quantized_table
@@ -79,6 +80,7 @@ def export(
             shared, quantized_table = is_shared(spec, checkpoint, recipe), recipe.table.bits is not None
             weights = fold_weights(model, keep_tied=shared and not quantized_table)
             name_graph(model, layer_kinds(spec.layer_windows)[1])
+            round_cache(model.graph, checkpoint.cache_scales())
         frequencies = {
             f"model.rotary.{i}.frequencies": np.array(rotary.frequencies, np.float32)
             for i, rotary in enumerate(dict.fromkeys(spec.layer_rotary))
@@ -147,7 +149,8 @@ def graph_facts(
     limit = math.inf if max_context is None else max_context
     chunk = int(min(chunk, limit))
     capacities = tuple(int(limit if window is None else min(window + chunk, limit)) for window in windows)
-    return GraphFacts(dialect, dialect_module(dialect).OPSET, recipe.compute, chunk, capacities, max_context)
+    opset = dialect_module(dialect).OPSET
+    return GraphFacts(dialect, opset, recipe.compute, chunk, capacities, max_context, rounded_cache=recipe.cache)
 
 
 def check_tensors(spec: DecoderSpec, checkpoint: Checkpoint) -> None:

@@ -79,13 +79,17 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
             forms[form] += packed.shape[0] * packed.shape[1]
             stored[name] = form
         checkpoint.release(name)
-    if not forms:
+    cache = next((scales.kind for scales in checkpoint.cache_scales().values()), None)
+    if not forms and cache is None:
         raise InputError(
             f"{checkpoint.path}: no weight of a layer is quantized, but config.json says {checkpoint.quantization}"
         )
-    weights = forms.most_common(1)[0][0]
+    weights = forms.most_common(1)[0][0] if forms else StoredFormat("float16")
     where = f"in blocks of {weights.block_size}" if weights.block_size else "by output channel"
-    parts = [f"{weights.dtype} {where}", *(["some otherwise"] if len(forms) > 1 else []), "the rest float16"]
+    parts = [f"{weights.dtype} {where}"] if forms else []
+    parts += [*(["some otherwise"] if len(forms) > 1 else []), "the rest float16" if forms else "weights in float16"]
+    if cache is not None:
+        parts.append(f"keys and values in {cache} by tensor")
     activations = inputs.most_common(1)[0][0] if inputs else None
     if activations is not None:
         most = "inputs" if sum(inputs.values()) == len(checkpoint.parts) else "some inputs"
@@ -102,6 +106,7 @@ def checkpoint_recipe(checkpoint: QuantizedCheckpoint) -> CheckpointRecipe:
         overrides=tuple(StoredOverride(name, form) for name, form in sorted(stored.items()) if form != weights),
         # The folder holds the table as its source did; the recipe that made it may have it rounded.
         embed_tokens=None if record is None else record.table,
+        cache=cache,
     )
 
 

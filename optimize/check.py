@@ -3,13 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from galerne.errors import InputError
 from galerne.optimize.graph.uses import uses_of
 from galerne.optimize.lower.table import words_for_bytes
+from galerne.runtime.bundle import Bundle
 from galerne.targets.operator_table import Departure, OperatorTable, Use, departures, load
 from galerne.targets.target import Stack, Target, load_all
 
 # What the newer dialect has of its own; the primitive one spells these out.
 _NEWER = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter")
+# What reads a ring as it is: what writes into it, in one dialect and the other, and what asks for its size.
+_OF_RINGS = ("TensorScatter", "ScatterND", "Shape")
+_UNROUNDED_CACHE = "build it for --target cpu, or quantize with a recipe without `cache`"
 # Operators that compute on the tensor cores, so that the device must have their type, as it must have that of quantized weights.
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
 # What `galerne export --precision` asks of a device.
@@ -66,6 +71,15 @@ def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
     return refusals
 
 
+def check_cache(bundle: Bundle, target: Target, stack: Stack) -> None:
+    """Raises: InputError if the bundle's rings are rounded and the stack is TensorRT, which takes rings of floats only."""
+    rounded = bundle.manifest.graph.rounded_cache
+    if rounded is not None and stack.backend != "onnxruntime":
+        raise InputError(
+            f"{bundle.path}: keys and values in {rounded}, which no TensorRT takes, nor so {target.name}: {_UNROUNDED_CACHE}"
+        )
+
+
 class _Parsers:
     """What stacks make of nodes of one opset; each table is read once."""
 
@@ -98,6 +112,8 @@ def _device_types(use: Use) -> list[str]:
 
 
 def _alternative(departure: Departure, use: Use | None, parsers: _Parsers, target: Target, stack: Stack) -> str:
+    if use is not None and use.operator in _OF_RINGS and departure.found == "int8":
+        return _UNROUNDED_CACHE
     ways = []
     # Its operators and their forms are older than any of these parsers.
     if departure.kind != _DEVICE and use is not None and (use.operator in _NEWER or departure.kind == "opset"):

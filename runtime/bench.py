@@ -78,7 +78,7 @@ def bench(
     prefill_s = time.perf_counter() - start
     steps = _steps(rows, prompt[0], decode_tokens)
     peak, bandwidth = peak_rss_bytes(), bandwidth_of(model.engine.name)
-    length, bytes_per_value = prompt_tokens + decode_tokens, model.engine.dtype.itemsize
+    length, bytes_per_value = prompt_tokens + decode_tokens, model.engine.ring_dtype.itemsize
     forms = forms_of(model.bundle.manifest.recipe)
     read = decode_weight_bytes(model.facts, forms) + seen_cache_bytes(model.facts, length, bytes_per_value)
     read += adapter.nbytes if adapter is not None else 0

@@ -11,6 +11,7 @@ from galerne.runtime.manifest import ModelFacts
 _FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}
 _QUANTIZED = {"int8": 1.0, "uint8": 1.0, "int4": 0.5, "uint4": 0.5, "float8e4m3fn": 1.0}
 _SCALE_BYTES = 2
+_ROUNDED_CACHE = {"int8": 1}
 # A block that does not divide the input axis gives way to the next smaller one.
 _BLOCK_SIZES = (128, 64, 32)
 _NORM_BYTES = 4
@@ -81,6 +82,7 @@ class Forms(NamedTuple):
 
     overrides: patterns over the weights' names in the checkpoint, and the forms of what they match; the first holds.
     embed_tokens: the form of the embedding table; None for the compute type.
+    cache: what keys and values are rounded to; None where they are kept as they are computed.
     """
 
     weights: Form
@@ -88,11 +90,17 @@ class Forms(NamedTuple):
     compute: str
     overrides: tuple[tuple[str, Form], ...] = ()
     embed_tokens: Form | None = None
+    cache: str | None = None
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an activation and of a cached value."""
+        """Bytes of an activation."""
         return _FLOATS[self.compute]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of a cached key's or value's number in the portable graph's rings."""
+        return self.compute_bytes if self.cache is None else _ROUNDED_CACHE[self.cache]
 
     @property
     def table(self) -> Form:
@@ -137,7 +145,12 @@ def forms_of(recipe: Mapping[str, Any]) -> Forms:
     overrides = tuple((override["match"], _form(override["format"])) for override in recipe.get("overrides", ()))
     table = recipe.get("embed_tokens")
     return Forms(
-        _form(recipe["weights"]), _form(recipe["lm_head"]), recipe["compute"], overrides, table and _form(table)
+        _form(recipe["weights"]),
+        _form(recipe["lm_head"]),
+        recipe["compute"],
+        overrides,
+        table and _form(table),
+        recipe.get("cache"),
     )
 
 

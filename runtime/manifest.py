@@ -14,6 +14,8 @@ SCHEMA_VERSION = 2
 
 Dialect = Literal["opset24", "primitive"]
 FloatType = Literal["float32", "float16", "bfloat16"]
+# What keys and values are rounded to, where they are not kept as they are computed.
+CacheType = Literal["int8"]
 
 
 def layer_kinds(layer_windows: Sequence[int | None]) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
@@ -105,12 +107,13 @@ class AdapterSlot:
 class GraphFacts:
     """The graph's side of the contract.
 
-    compute_type: of activations and of the cache.
+    compute_type: of activations.
     chunk: the most tokens of one run, S.
     capacities: the ring's full size C in slots for each kind of layer (`layer_kinds`): window + chunk, or without a
         window the longest context.
     max_context: the longest sequence in tokens; null if every layer has a window, where there is no limit.
     adapter_slots: by the product's name, as in `model.layers.0.self_attn.qkv_proj`; absent where the graph has none.
+    rounded_cache: what the rings are rounded to; absent where they have the compute type.
     """
 
     dialect: Dialect
@@ -120,6 +123,12 @@ class GraphFacts:
     capacities: tuple[int, ...]
     max_context: int | None
     adapter_slots: dict[str, AdapterSlot] = field(default_factory=dict, metadata=schema.LATER)
+    rounded_cache: CacheType | None = field(default=None, metadata=schema.LATER)
+
+    @property
+    def ring_type(self) -> FloatType | CacheType:
+        """The type of the portable graph's rings."""
+        return self.rounded_cache or self.compute_type
 
 
 @dataclass(frozen=True)

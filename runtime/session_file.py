@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 _RECORD = "galerne_session"  # its key in the metadata, whose values are text
 _MOST_HEADER_BYTES = 1 << 24
 # NumPy lacks bfloat16: an engine that keeps it gives its bits.
-_TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+_TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
 _REMEDY = "feed the text again"
 
 
@@ -146,7 +146,7 @@ def _empty(model: "Model", record: SessionRecord) -> list[npt.NDArray[Any]]:
     """Return arrays for the rings of a record, keys and values by turns."""
     facts = model.facts
     slots = [record.capacities[kind] for kind in layer_kinds(facts.layer_windows)[1] for _ in range(2)]
-    return [np.empty((1, facts.num_key_value_heads, count, facts.head_dim), model.engine.dtype) for count in slots]
+    return [np.empty((1, facts.num_key_value_heads, count, facts.head_dim), model.engine.ring_dtype) for count in slots]
 
 
 def _header(path: Path, file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:

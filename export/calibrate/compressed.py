@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from galerne.export.calibrate.rounded import RoundedWeight
+from galerne.optimize.quantize.cache import CacheScales
 from galerne.optimize.quantize.recipe import WeightFormat
+from galerne.runtime.manifest import CacheType
 
 # int4 codes in a word of int32, the first in the low bits.
 _CODES = 8
@@ -72,12 +74,13 @@ def tensors_of(module: str, weight: RoundedWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str], cache: CacheType | None) -> dict[str, Any]:
     """Return `quantization_config` of config.json.
 
     Args:
         schemes: of each quantized module by its name.
         ignored: the linear modules that stay floats.
+        cache: what keys and values are rounded to, with one scale a tensor; None if they are not.
     """
     modules: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
@@ -88,15 +91,24 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> di
         f"group_{number}": scheme.group(["Linear"] if number == 0 else sorted(names))
         for number, (scheme, names) in enumerate(ranked)
     }
-    formats = sorted({scheme.format for scheme in modules})
+    formats = sorted({scheme.format for scheme in modules}) or ["dense"]
     return {
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignored),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if cache is None else {**_arguments(cache), "strategy": "tensor"},
         "global_compression_ratio": None,
+    }
+
+
+def cache_tensors(layer: int, scales: CacheScales) -> dict[str, Tensor]:
+    """Return the scales of a layer's keys and values by their names in the file, [1] float32."""
+    module = f"model.layers.{layer}.self_attn"
+    return {
+        f"{module}.{part}_scale": torch.tensor([scale], dtype=torch.float32)
+        for part, scale in (("k", scales.key), ("v", scales.value))
     }
 
 

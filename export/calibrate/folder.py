@@ -15,6 +15,7 @@ from galerne.export.calibrate.compressed import Scheme, quantization_config
 from galerne.export.calibrate.layers import Float32
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.safetensors_folder import CONFIG, INDEX
+from galerne.runtime.manifest import CacheType
 from galerne.runtime.safetensors import SafetensorsHeader
 
 _HIDDEN, _SCRATCH, _NEW = "hidden-*.npy", "scratch-*.npy", ".new"
@@ -72,13 +73,14 @@ class QuantizedFolder:
         config: Mapping[str, Any],
         schemes: Mapping[str, Scheme],
         ignored: list[str],
+        cache: CacheType | None,
         others: Mapping[str, bytes],
     ) -> None:
         """Write index, config and other files, and remove what only the run needed.
 
         Args:
             config: the checkpoint's, without `quantization_config`.
-            schemes, ignored: as in `quantization_config`.
+            schemes, ignored, cache: as in `quantization_config`.
             others: by name, such as the tokenizer's.
         """
         self.clear(None)
@@ -89,7 +91,7 @@ class QuantizedFolder:
         }
         total = sum((self._path / file).stat().st_size for file in set(home.values()))
         _write_json(self._path / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
-        table = quantization_config(schemes, ignored)
+        table = quantization_config(schemes, ignored, cache)
         _write_json(self._path / CONFIG, {**config, "quantization_config": table})
         for name, data in others.items():
             (self._path / name).write_bytes(data)

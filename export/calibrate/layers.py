@@ -151,6 +151,12 @@ class LayerRun:
         if group in self._kept:
             self._start_from(group, self._kept[group])
 
+    def reach(self, product: str) -> Iterator[None]:
+        """Run the layer on each sequence up to a product, with all weights as they are now; nothing is kept."""
+        for _ in self._sequences():
+            self._reach(product)
+            yield
+
     def divide(self, group: Group, factors: Float32) -> None:
         """Divide the channels of a group's inputs by factors [in] where they are kept, as what they come from was divided."""
         if group in self._kept:

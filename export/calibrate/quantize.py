@@ -88,7 +88,7 @@ def quantize(
             say(f"{path}: holds {folder.layers_done()} of {stream.count} layers; the same command goes on from there")
             raise
         config = _config(checkpoint, untied="lm_head" in stream.schemes)
-        folder.finish(config, stream.schemes, stream.ignored, checkpoint.tokenizer_files())
+        folder.finish(config, stream.schemes, stream.ignored, recipe.cache, checkpoint.tokenizer_files())
     return out
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from galerne.errors import InputError
-from galerne.export.calibrate.compressed import Scheme, tensors_of
+from galerne.export.calibrate.cache import AFTER_CACHE, CacheRanges
+from galerne.export.calibrate.compressed import Scheme, cache_tensors, tensors_of
 from galerne.export.calibrate.fold import Fold, bounded, divide, fold_of
 from galerne.export.calibrate.folder import QuantizedFolder, as_stored
 from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
@@ -59,7 +60,7 @@ class Stream:
             if form.bits is not None
         }
         self._groups: tuple[Group, ...] = ()
-        self._runs = recipe.method in ("gptq", "awq") or recipe.activations is not None
+        self._runs = recipe.method in ("gptq", "awq") or recipe.activations is not None or recipe.cache is not None
 
     @property
     def count(self) -> int:
@@ -93,6 +94,7 @@ class Stream:
     def _layer(self, folder: QuantizedFolder, number: int, task: Task) -> None:
         self._weights.enter(number)
         rounded: dict[str, RoundedWeight] = {}
+        cache: CacheRanges | None = None
         if self._runs:
             hidden = folder.hidden(number)
             if not self._groups:  # the same in all layers
@@ -100,7 +102,9 @@ class Stream:
             run = LayerRun(self._layers, number, hidden, folder.scratch)
             try:
                 for group in self._groups:
-                    self._group(layer_prefix(number), group, run, rounded)
+                    if self._recipe.cache is not None and group.products == (AFTER_CACHE,):
+                        cache = CacheRanges(self._layers.modules[number], self._recipe.cache, run)
+                    self._group(layer_prefix(number), group, run, rounded, cache)
                     task.advance(1 / len(self._groups))
                 self._carry_on(folder, number, run)
             finally:
@@ -110,10 +114,18 @@ class Stream:
             for name in (f"{module}.weight" for module in self.schemes if module.startswith(prefix)):
                 self._round(name, None, rounded)
             task.advance()
-        folder.write(number, self._tensors(layer_prefix(number), rounded))
+        tensors = self._tensors(layer_prefix(number), rounded)
+        folder.write(number, tensors if cache is None else tensors | cache_tensors(number, cache.scales()))
 
-    def _group(self, prefix: str, group: Group, run: LayerRun, rounded: dict[str, RoundedWeight]) -> None:
-        """Round the products that read one input."""
+    def _group(
+        self,
+        prefix: str,
+        group: Group,
+        run: LayerRun,
+        rounded: dict[str, RoundedWeight],
+        cache: CacheRanges | None,
+    ) -> None:
+        """Round the products that read one input. `cache`: of the layer's keys and values, once they are known."""
         names = [f"{prefix}{product}.weight" for product in group.products]
         quantized = [name for name in names if name.removesuffix(".weight") in self.schemes]
         hessian = any(uses_hessian(self._recipe.format_for(name), self._recipe.method) for name in names)
@@ -134,6 +146,8 @@ class Stream:
             divide(of_places, fold, prefix, self._spec, self._weights, rounded)
             factors = fold.by_channel(of_places)
             run.divide(group, factors)
+            if cache is not None and group.products == (AFTER_CACHE,):
+                cache.divide_values(factors)
             statistics.divide(factors)
             for name in names:
                 self._weights.replace(name, self._weights(name) * torch.from_numpy(factors))

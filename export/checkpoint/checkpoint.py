@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galerne.export.checkpoint.packed import PackedTensor
+from galerne.optimize.quantize.cache import CacheScales
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -55,6 +56,13 @@ class Checkpoint(abc.ABC):
         Raises: InputError if there is no such tensor, or it is stored in a way that Galerne cannot keep.
         """
         return None
+
+    def cache_scales(self) -> Mapping[int, CacheScales]:
+        """Return what keys and values are rounded to, by the layer's number; empty where they are not.
+
+        Raises: InputError if a scale is missing or damaged.
+        """
+        return {}
 
     @abc.abstractmethod
     def release(self, name: str) -> None:

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.packed import InputKind
+from galerne.runtime.manifest import CacheType
 
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
-_MIXED = "mixed-precision"
+# What stands for no format: several, or, where only the cache is rounded, none.
+_ANY = ("mixed-precision", "dense")
 _LINEAR = "Linear"
 
 
@@ -36,10 +38,14 @@ class Group:
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """The groups, and what of the source's rounding is not kept."""
+    """The groups, and what of the source's rounding is not kept.
+
+    cache: what keys and values are rounded to, by scales that are stored; None where they are not.
+    """
 
     groups: tuple[Group, ...]
     left_out: frozenset[str]
+    cache: CacheType | None
 
     def input_kind(self, module: str) -> InputKind | None:
         """Return what a layer's input is rounded to: its own name goes before a pattern, and that before its class."""
@@ -54,7 +60,7 @@ def read_config(config: Mapping[str, Any], at: str) -> CompressedConfig:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise InputError(f"{at}: config_groups: expected a table of tables, found {groups!r}")
-    for form in {config.get("format"), *(group.get("format") for group in groups.values())} - {None, _MIXED}:
+    for form in {config.get("format"), *(group.get("format") for group in groups.values())} - {None, *_ANY}:
         if form not in (PACKED, *PLAIN):
             raise InputError(f"{at}: format: {form!r} is not supported; expected {', '.join((PACKED, *PLAIN))}")
     if (config.get("transform_config") or {}).get("config_groups"):
@@ -64,9 +70,20 @@ def read_config(config: Mapping[str, Any], at: str) -> CompressedConfig:
         raise InputError(f"{at}: sparsity_config: format {sparsity!r} is not supported; expected 'dense'")
     read = tuple(_group(group, f"{at}: config_groups: {name}") for name, group in groups.items())
     left_out = {reason for group in read for reason in group.left_out}
-    if config.get("kv_cache_scheme") is not None:
-        left_out.add("the cache")
-    return CompressedConfig(read, frozenset(left_out))
+    cache = config.get("kv_cache_scheme")
+    rounded = _is_int8_cache(cache, f"{at}: kv_cache_scheme")
+    if cache is not None and not rounded:
+        left_out.add("the cache otherwise than to int8 by one scale of a tensor without zero points")
+    return CompressedConfig(read, frozenset(left_out), "int8" if rounded else None)
+
+
+def _is_int8_cache(args: object, at: str) -> bool:
+    if args is None:
+        return False
+    if not isinstance(args, Mapping):
+        raise InputError(f"{at}: expected a table, found {args!r}")
+    static = args.get("dynamic", False) is False and args.get("symmetric", True) is True
+    return static and _kind(args) == ("int", 8) and (args.get("strategy") or "tensor") == "tensor"
 
 
 def _group(group: Mapping[str, Any], at: str) -> Group:
@@ -105,7 +122,11 @@ def _activations(args: object, at: str) -> tuple[InputKind | None, frozenset[str
         raise InputError(f"{at}: input_activations: expected a table, found {args!r}")
     if args.get("dynamic", False) is not False:
         return None, frozenset({"activations by scales found as they come (dynamic), which TensorRT does not take"})
-    kind = {("int", 8): "int8", ("float", 8): "float8e4m3fn"}.get((args.get("type", "int"), args.get("num_bits", 8)))
+    kind = {("int", 8): "int8", ("float", 8): "float8e4m3fn"}.get(_kind(args))
     if kind is None or (args.get("strategy") or "tensor") != "tensor" or args.get("symmetric", True) is not True:
         return None, frozenset({"activations otherwise than to 8 bits by one scale of a tensor without zero points"})
     return cast(InputKind, kind), frozenset()
+
+
+def _kind(args: Mapping[str, Any]) -> tuple[Any, Any]:
+    return args.get("type", "int"), args.get("num_bits", 8)

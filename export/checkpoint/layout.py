@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.packed import Bytes, PackedTensor, nibbles
+from galerne.runtime.manifest import CacheType
 
 Bits = Literal[4, 8]
 
@@ -27,9 +28,11 @@ class Layout(abc.ABC):
     """How one method of quantization lays a weight out over tensors.
 
     title: the method's name, for messages and the manifest.
+    cache: what keys and values are rounded to, by scales beside the weights; None where they are not.
     """
 
     title: str
+    cache: CacheType | None = None
 
     @abc.abstractmethod
     def find(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -94,6 +97,21 @@ def finite_scales(name: str, tensors: Tensors) -> NDArray[Any]:
     if not np.isfinite(scales.astype(np.float32)).all():
         raise InputError(f"{tensors.where(name)}: {name}: holds NaN or infinity; the checkpoint is damaged")
     return scales
+
+
+def one_scale(name: str, tensors: Tensors) -> float:
+    """Return the one scale of a tensor. Raises: InputError if it is not one, or not above 0."""
+    scale = finite_scales(name, tensors)
+    if scale.size != 1 or not float(scale.reshape(-1)[0]) > 0:
+        found = f"shape {list(scale.shape)}" if scale.size != 1 else str(float(scale.reshape(-1)[0]))
+        raise InputError(f"{tensors.where(name)}: {name}: expected one scale above 0, found {found}")
+    return float(scale.reshape(-1)[0])
+
+
+def expect_zero_points(name: str, tensors: Tensors) -> None:
+    """Raises: InputError if zero points are not all 0, as they must be where config.json says symmetric."""
+    if bool((tensors.stored(name).astype(np.float32) != 0).any()):
+        raise InputError(f"{tensors.where(name)}: {name}: expected 0, as config.json says symmetric")
 
 
 def split_columns(packed: NDArray[Any], bits: Bits) -> Bytes:

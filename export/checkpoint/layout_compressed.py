@@ -1,6 +1,6 @@
 """compressed-tensors, which llm-compressor writes: integers packed into int32, plain int8, or float8.
 
-Inputs that are rounded by a scale that is stored stay so. Other rounding of activations, and that of the cache, is left out.
+Inputs, and an int8 cache, that are rounded by a scale that is stored stay so. Other rounding of activations is left out.
 
 Source: compressed-tensors 0.20, compressors/pack_quantized and compressors/naive_quantized.
 """
@@ -19,10 +19,12 @@ from galerne.export.checkpoint.layout import (
     Tensors,
     expect_parts,
     expect_shape,
+    expect_zero_points,
     finite_scales,
     gather,
     group_order,
     integers,
+    one_scale,
     split_columns,
 )
 from galerne.export.checkpoint.packed import Bytes, PackedTensor, asymmetric
@@ -39,6 +41,7 @@ class CompressedLayout(Layout):
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         """Read the config. Raises: InputError if it is of a form that is not read."""
         self._config = read_config(config, f"{where}: quantization_config")
+        self.cache = self._config.cache
 
     def note(self) -> str:
         """Say what is left as it is."""
@@ -163,15 +166,10 @@ class CompressedLayout(Layout):
 
 def _input_scale(parts: Mapping[str, str], tensors: Tensors) -> float:
     expect_parts(parts, ("input_scale",), tensors)
-    name = parts["input_scale"]
-    scale = finite_scales(name, tensors)
-    if scale.size != 1 or not float(scale.reshape(-1)[0]) > 0:
-        found = f"shape {list(scale.shape)}" if scale.size != 1 else str(float(scale.reshape(-1)[0]))
-        raise InputError(f"{tensors.where(name)}: {name}: expected one scale above 0, found {found}")
-    if "input_zero_point" in parts and bool((tensors.stored(parts["input_zero_point"]).astype(np.float32) != 0).any()):
-        name = parts["input_zero_point"]
-        raise InputError(f"{tensors.where(name)}: {name}: expected 0, as config.json says symmetric")
-    return float(scale.reshape(-1)[0])
+    scale = one_scale(parts["input_scale"], tensors)
+    if "input_zero_point" in parts:
+        expect_zero_points(parts["input_zero_point"], tensors)
+    return scale
 
 
 def _codes(parts: Mapping[str, str], bits: int, shape: tuple[int, int], tensors: Tensors) -> Bytes:

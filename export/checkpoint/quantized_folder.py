@@ -1,5 +1,6 @@
 """A Hugging Face folder whose weights were quantized before: AWQ, GPTQ or compressed-tensors."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,22 @@ from numpy.typing import NDArray
 
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import DType
-from galerne.export.checkpoint.layout import Layout
+from galerne.export.checkpoint.layout import Layout, expect_zero_points, one_scale
 from galerne.export.checkpoint.layout_awq import AwqLayout
 from galerne.export.checkpoint.layout_compressed import CompressedLayout
 from galerne.export.checkpoint.layout_gptq import GptqLayout
 from galerne.export.checkpoint.packed import PackedTensor
 from galerne.export.checkpoint.safetensors_folder import CONFIG, SafetensorsCheckpoint
+from galerne.optimize.quantize.cache import CacheScales
+from galerne.runtime.manifest import CacheType
 
 _LAYOUTS: dict[str, Callable[[Mapping[str, Any], str], Layout]] = {
     "awq": AwqLayout,
     "gptq": GptqLayout,
     "compressed-tensors": CompressedLayout,
 }
-# Of attention's cache and queries, in compressed-tensors: beside the weights, and not used.
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Of attention's cache and queries, in compressed-tensors: beside the weights.
 _NOT_WEIGHTS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
 
 
@@ -53,7 +57,7 @@ class QuantizedCheckpoint(SafetensorsCheckpoint):
         self.quantization, self.note = layout.title, layout.note()
         stored = super().shapes()
         self.parts = layout.find(stored)
-        if not self.parts:
+        if not self.parts and layout.cache is None:
             raise InputError(
                 f"{path}: no tensor of a quantized weight in it, but {CONFIG} says quant_method {method!r}"
             )
@@ -81,6 +85,28 @@ class QuantizedCheckpoint(SafetensorsCheckpoint):
     def packed(self, name: str) -> PackedTensor | None:
         """Return a quantized weight as it is stored."""
         return self._layout.packed(self.parts[name], self) if name in self.parts else None
+
+    def cache_scales(self) -> Mapping[int, CacheScales]:
+        """Return what keys and values are rounded to, by the layer's number.
+
+        Raises: InputError if a scale is missing, or is not one above 0, or a zero point is not 0.
+        """
+        kind = self._layout.cache
+        if kind is None:
+            return {}
+        layers = {int(match[1]) for name in super().shapes() if (match := _LAYER.match(name))}
+        return {layer: self._scales_of(kind, f"model.layers.{layer}.self_attn") for layer in sorted(layers)}
+
+    def _scales_of(self, kind: CacheType, module: str) -> CacheScales:
+        names = super().shapes()
+        for part in ("k", "v"):
+            if f"{module}.{part}_scale" not in names:
+                raise InputError(
+                    f"{self.path}: {module}.{part}_scale: missing, but {CONFIG} has a kv_cache_scheme; quantize again"
+                )
+            if f"{module}.{part}_zero_point" in names:
+                expect_zero_points(f"{module}.{part}_zero_point", self)
+        return CacheScales(kind, *(one_scale(f"{module}.{part}_scale", self) for part in ("k", "v")))
 
     def release(self, name: str) -> None:
         """Drop a weight's pages from the resident set."""

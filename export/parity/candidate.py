@@ -95,7 +95,11 @@ def poison(rows: Rows) -> None:
     rng = np.random.default_rng(0)
     poisoned = []
     for index, ring in enumerate(rows.cache.arrays()):
-        values = rng.choice([-1, 1], ring.shape).astype(np.float32) * (_POISON_VALUE if index % 2 else _POISON_KEY)
+        signs = rng.choice([-1, 1], ring.shape).astype(np.float32)
+        if ring.dtype == np.int8:  # no finite value is larger
+            poisoned.append((signs * np.iinfo(np.int8).max).astype(np.int8))
+            continue
+        values = signs * (_POISON_VALUE if index % 2 else _POISON_KEY)
         bits = ring.dtype == np.uint16  # bfloat16: the upper half of float32
         poisoned.append((values.view(np.uint32) >> 16).astype(np.uint16) if bits else values.astype(ring.dtype))
     rows.cache.fill(poisoned)

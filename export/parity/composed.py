@@ -46,6 +46,22 @@ def rounded_inputs(checkpoint: Checkpoint) -> dict[str, tuple[str, float]]:
     return found
 
 
+def rounded_cache(checkpoint: Checkpoint) -> dict[str, tuple[str, float]]:
+    """Return what keys and values are rounded to, as `rounded_inputs` does, by their scale's name without "_scale"."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return {}
+    args = checkpoint.quantization_config.get("kv_cache_scheme") or {"dynamic": True}
+    if args.get("dynamic") or (args.get("strategy") or "tensor") != "tensor" or not args.get("symmetric", True):
+        return {}
+    if (args.get("type", "int"), args.get("num_bits", 8)) != ("int", 8):
+        return {}
+    return {
+        name.removesuffix("_scale"): ("int", scale.float().item())
+        for part in ("k", "v")
+        for name, scale in _stored(checkpoint.files(), f".self_attn.{part}_scale").items()
+    }
+
+
 def _group_of(module: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the group of a layer: one that names it, or else one with a pattern for it, or else one for all layers."""
     ranked = []

@@ -21,7 +21,7 @@ class AgainstSource:
 
 @dataclass(frozen=True)
 class Unrounded:
-    """The proof of a graph that rounds the inputs of its products: of the rounding, and of the graph without it.
+    """The proof of a graph that rounds inputs of products, or keys and values: of the rounding, and of the graph without it.
 
     arithmetic, tolerances: as in `Report`, for the cases that run without it.
     """
@@ -40,7 +40,7 @@ class Report:
     reference: what the bundle was compared with.
     arithmetic: the row of the tolerance table that holds.
     logits_std: the standard deviation of the reference's logits, which the limits are scaled by.
-    unrounded: only where inputs are rounded too.
+    unrounded: only where inputs, or keys and values, are rounded.
     """
 
     passed: bool
@@ -93,7 +93,7 @@ def html(report: Report) -> str:
     rows = "\n".join(_row(case, limits.max_abs) for case in report.cases)
     if report.unrounded is not None:
         tight = report.unrounded.tolerances
-        facts |= {"Limits, inputs not rounded": f"{report.unrounded.arithmetic}: {_limits(tight)}"}
+        facts |= {"Limits, not rounded": f"{report.unrounded.arithmetic}: {_limits(tight)}"}
         rows += "\n" + "\n".join(_row(case, tight.max_abs) for case in report.unrounded.cases)
     return page("Parity", report.passed, facts, _TABLE.format(rows=rows))
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 
 from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
-from galerne.export.parity.composed import adapter_products, round_input
+from galerne.export.parity.composed import adapter_products, round_input, rounded_cache
 from galerne.export.parity.composed import rounded_inputs as read_rounded_inputs
 from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.stored_weights import (
@@ -40,6 +40,8 @@ _STRIPE = 1 << 20
 # Eager attention holds heads x new tokens x keys scores at once, several times over: 256 MB each in float32.
 _MOST_SCORES = 64 << 20
 _ATTENTION = "galerne_blocked_eager"
+# What an attention module passes its keys and values through, where it has this: both [B, Hkv, S, D], rotated.
+CACHED = "galerne_cached"
 
 
 class StreamedModel:
@@ -66,7 +68,7 @@ class StreamedModel:
             adapter: the folder of a LoRA adapter whose products are added to the rounded weights; those of an
                 `AdaptedCheckpoint` are there before the rounding.
             substitute: gives every weight from the start, so that the checkpoint's files are not opened here and none is kept.
-            rounded_inputs: round the inputs of layers where the checkpoint says so.
+            rounded_inputs: round the inputs of layers, keys and values where the checkpoint says so.
         Raises: InputError if transformers cannot load it.
         """
         self._products = {} if adapter is None else adapter_products(adapter)
@@ -86,6 +88,7 @@ class StreamedModel:
                     self._weights = loaded_weights(checkpoint)
                 self._fill_buffers()
             self._round_inputs(read_rounded_inputs(checkpoint) if rounded_inputs else {})
+            self._round_cache(rounded_cache(checkpoint) if rounded_inputs else {})
         except Exception as exc:
             raise InputError(f"{checkpoint.path}: transformers cannot load it ({one_line(exc)})") from exc
         self.model.eval()
@@ -169,6 +172,12 @@ class StreamedModel:
             assert isinstance(layer, nn.Linear), path
             layer.forward = partial(_of_rounded, layer, kind, scale, self._products.get(f"{path}.weight"))  # type: ignore[method-assign]
 
+    def _round_cache(self, rounded: Mapping[str, tuple[str, float]]) -> None:
+        """Have attention read keys and values as a cache of 8 bits holds them."""
+        for path in sorted({name.rpartition(".")[0] for name in rounded}):
+            key, value = rounded[f"{path}.k"], rounded[f"{path}.v"]
+            setattr(self.model.get_submodule(path), CACHED, partial(_of_cache, key, value))
+
     def _fill_buffers(self) -> None:
         """Compute what no checkpoint holds, such as the rotary frequencies, as transformers does when it loads one."""
         for path, module in self.model.named_modules():
@@ -208,6 +217,10 @@ def _of_rounded(
     return y
 
 
+def _of_cache(key: tuple[str, float], value: tuple[str, float], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return round_input(keys, *key), round_input(values, *value)
+
+
 def _drop(parameters: dict[str, nn.Parameter | None], module: nn.Module, *_: Any) -> None:
     module._parameters.update(parameters)
 
@@ -221,6 +234,8 @@ def _blocked_eager(
 ) -> tuple[Tensor, None]:
     """Call the eager attention of the module's own family on some queries [B, H, S, D] at a time, which changes no result."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    if (cached := getattr(module, CACHED, None)) is not None:
+        key, value = cached(key, value)
     rows = max(16, _MOST_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
     for first in range(0, query.shape[2], rows):

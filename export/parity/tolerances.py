@@ -7,7 +7,7 @@ from galerne.optimize.quantize.recipe import AnyRecipe
 from galerne.runtime.engines.select import CPU
 from galerne.runtime.measures import Limits
 
-Arithmetic = Literal["float32", "float16", "int8 activations", "rounded inputs"]
+Arithmetic = Literal["float32", "float16", "int8 activations", "rounded inputs", "rounded cache"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,14 @@ TABLE: dict[Arithmetic, Tolerance] = {
         "deviations, 1.6e-2 nats and an agreement of 0.69, with float8; some two and a half times as much is allowed. That "
         "the graph is right, the cases without the rounding show",
     ),
+    "rounded cache": Tolerance(
+        max_abs=1.5,
+        max_abs_logit=None,
+        max_mean_kl=4e-3,
+        min_top1_agreement=0.6,
+        greedy=False,
+        source="TODO",
+    ),
 }
 
 
@@ -91,6 +99,10 @@ def arithmetic(recipe: AnyRecipe, engine: str) -> Arithmetic:
         quantized = {form.dtype for form in recipe.formats if form.bits is not None}
         if quantized - {"float8e4m3fn"}:
             return "int8 activations"
+        if recipe.cache is not None:
+            return "rounded cache"
         # float8 is widened, and rounded to float16 in the reference only.
         return "float16" if quantized else "float32"
+    if recipe.cache is not None:
+        return "rounded cache"
     return "float32" if recipe.compute == "float32" else "float16"

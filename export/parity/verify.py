@@ -31,9 +31,9 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
     """Run a bundle and its checkpoint in transformers on the same tokens, and compare.
 
     The reference's weights are rounded as the bundle's recipe rounds them, so that the limits can be tight enough to show a
-    wrong graph; what the rounding costs is reported apart. Where inputs are rounded too, no tight limit holds for the logits, so
-    a portable graph's rounding is compared with the checkpoint's exactly, and the graph is run without it as well (see
-    `unrounded`). Nothing is written: see `Bundle.with_verdict`.
+    wrong graph; what the rounding costs is reported apart. Where inputs, or keys and values, are rounded too, no tight limit
+    holds for the logits, so a portable graph's rounding is compared with the checkpoint's exactly, and the graph is run without
+    it as well (see `unrounded`). Nothing is written: see `Bundle.with_verdict`.
 
     Args:
         engine: what runs the bundle: "portable", which is the default, or an engine's name.
@@ -47,7 +47,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
         bundle.verify_hashes()
     recipe = read_resolved(bundle.manifest.recipe, f"{bundle.path / MANIFEST}: recipe")
     report = _run(bundle, checkpoint, recipe, arithmetic(recipe, engine), engine, adapter)
-    if recipe.activations is None or engine != PORTABLE:
+    if (recipe.activations is None and recipe.cache is None) or engine != PORTABLE:
         return report
     scales = compare_rounding(bundle, checkpoint)
     with unrounded(bundle) as plain:
@@ -60,7 +60,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint, *, engine: str | None = None,
             adapter,
             rounded_inputs=False,
         )
-    cases = (scales, *(dataclasses.replace(case, name=f"inputs not rounded: {case.name}") for case in proof.cases))
+    cases = (scales, *(dataclasses.replace(case, name=f"not rounded: {case.name}") for case in proof.cases))
     passed = report.passed and all(case.passed for case in cases)
     return dataclasses.replace(report, passed=passed, unrounded=Unrounded(proof.arithmetic, proof.tolerances, cases))
 

@@ -11,6 +11,7 @@ from galerne.optimize.builders.tensorrt.compile import TIMING_CACHE, Timings, co
 from galerne.optimize.builders.tensorrt.library import import_library, is_version
 from galerne.optimize.builders.tensorrt.options import Options
 from galerne.optimize.builders.tensorrt.plan import plan
+from galerne.optimize.check import check_cache
 from galerne.runtime.bundle import ENGINES, WEIGHTS, Bundle
 from galerne.runtime.engines.record import RECORD, EngineRecord, parity_of
 from galerne.runtime.engines.tensorrt.package import NAMES
@@ -78,6 +79,7 @@ def build(
         )
     chosen = stack or choose_stack(target)[0]
     options = options or Options()
+    check_cache(bundle, target, chosen)
     # Weights that stream need not fit.
     if chosen.backend != "onnxruntime" and options.weights != "streamed" and not force:
         check_fit(bundle, target, chosen, batch=options.batch[2])

@@ -17,7 +17,7 @@ def decode_bound(work: Workload, device: Device, bandwidth_bytes_per_s: float | 
     """
     model, forms = work.model, work.forms
     read = decode_weight_bytes(model, forms)
-    read += work.batch * seen_cache_bytes(model, work.context, forms.compute_bytes)
+    read += work.batch * seen_cache_bytes(model, work.context, forms.cache_bytes)
     last = attention_ops(model, work.context) - attention_ops(model, work.context - 1)
     ops = work.batch * (2 * product_weights(model, linear_shapes(model)) + 2 * math.prod(head_shape(model)) + last)
     return work.batch / _seconds(read, ops, work, device, bandwidth_bytes_per_s)

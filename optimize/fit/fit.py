@@ -100,4 +100,6 @@ def missing_types(recipe: AnyRecipe, stack: Stack) -> tuple[str, ...]:
     if stack.backend == "onnxruntime":  # the `cpu` engine computes in float32 whatever a bundle is stored in
         return ()
     needed = dict.fromkeys((*(form.dtype for form in recipe.formats), recipe.compute))
-    return tuple(name for name in needed if _STACK_TYPES.get(name, name) not in stack.types)
+    missing = tuple(name for name in needed if _STACK_TYPES.get(name, name) not in stack.types)
+    # No TensorRT writes into a ring that is not of floats.
+    return missing if recipe.cache is None else (*missing, f"a cache in {recipe.cache}")

@@ -81,7 +81,7 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     table = table_bytes(model, forms)
     process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
     slots, before = work.grown_slots()
-    slot = slot_bytes(model, compute) * work.batch
+    slot = slot_bytes(model, compute if forms.cache is None else forms.cache_bytes) * work.batch
     # A graph of float16 has each activation in several types, as it is and widened for a product.
     widest = work.tokens * 2 * model.intermediate_size * _FLOAT32_BYTES * (1 if compute == _FLOAT32_BYTES else 2)
     scores = work.tokens * model.num_attention_heads * work.longest_ring(grown=True) * compute
@@ -89,7 +89,7 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
         "weights": int(products + table),
         "cache": slots * slot,
         "activations": _WIDEST_COPIES * widest + _SCORE_COPIES * scores + _logits_bytes(work),
-        "workspace": 0,
+        "workspace": 0 if forms.cache is None else _unrounded_ring(work),
         "runtime": process,
     }
     transient = {
@@ -98,6 +98,11 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
         "building": int(process + _CPU_BUILDER_BYTES + products + largest),
     }
     return Memory(parts, transient)
+
+
+def _unrounded_ring(work: Workload) -> int:
+    """Return what a layer's keys and values take while attention reads them, as float32, where the rings are rounded."""
+    return work.batch * work.longest_ring(grown=True) * slot_bytes(work.model, _FLOAT32_BYTES)
 
 
 def _packed_bytes(product: StoredProduct) -> float:
@@ -135,7 +140,7 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     again = table_bytes(model, forms) if shares_table(model, forms) and not forms.table.is_float else 0
     parts = {
         "weights": stored_weight_bytes(model, forms) + again,
-        "cache": sets * work.full_slots() * slot_bytes(model, compute) * work.batch,
+        "cache": sets * work.full_slots() * slot_bytes(model, forms.cache_bytes) * work.batch,
         "activations": activations,
         "workspace": workspace,
         "runtime": _TENSORRT_PROCESS_BYTES if target.unified_memory else 0,

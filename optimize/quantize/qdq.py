@@ -116,7 +116,7 @@ def round_inputs(graph: ir.Graph, weight: ir.Value, rounded: RoundedInput) -> No
         graph.insert_before(product, nodes)
         unrounded = product.inputs[0]
         product.replace_input_with(0, nodes[-1].outputs[0])
-        _drop_unused_cast(graph, unrounded)
+        drop_unused_cast(graph, unrounded)
         if narrow is not None and narrow != wide:
             _narrow_output(graph, product, narrow)
 
@@ -136,7 +136,7 @@ def _type_of(value: ir.Value) -> ir.DataType | None:
     return next((dtype for dtype in map(_dtype, node.inputs) if dtype is not None), None)
 
 
-def _drop_unused_cast(graph: ir.Graph, value: ir.Value) -> None:
+def drop_unused_cast(graph: ir.Graph, value: ir.Value) -> None:
     cast = value.producer()
     if cast is not None and cast.op_type == "Cast" and not value.uses() and not value.is_graph_output():
         graph.remove(cast, safe=True)

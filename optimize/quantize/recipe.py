@@ -11,7 +11,7 @@ from typing import Any, Literal
 from galerne import schema
 from galerne.errors import InputError
 from galerne.runtime.footprint import HEAD, choose_form
-from galerne.runtime.manifest import FloatType
+from galerne.runtime.manifest import CacheType, FloatType
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,7 +98,7 @@ class Calibration:
 class Recipe:
     """A recipe as its TOML file reads.
 
-    compute: the type of activations and of the ring.
+    compute: the type of activations and, unless it is rounded, of the ring.
     lm_head: the format of the vocabulary projection, which is more sensitive than the rest.
     embed_tokens: the format of the embedding table: int8, one scale for a token's row, or the compute type, as where it is
         absent. A table that is the vocabulary projection too is stored once where both have one format.
@@ -108,6 +108,8 @@ class Recipe:
     wide_inputs: patterns, as an override's, of weights whose products take their input as it is all the same.
     smoothing: SmoothQuant's alpha, from 0 to 1: how much of an input's range goes over to the weights; absent for none.
     calibration: how much text; absent where a recipe needs none.
+    cache: what keys and values are rounded to in the ring, with one scale for each layer's keys and one for its values, from
+        calibration; absent for the compute type.
     """
 
     description: str
@@ -121,6 +123,7 @@ class Recipe:
     calibration: Calibration | None = field(default=None, metadata=schema.LATER)
     wide_inputs: tuple[str, ...] = field(default=(), metadata=schema.LATER)
     embed_tokens: WeightFormat | None = field(default=None, metadata=schema.LATER)
+    cache: CacheType | None = field(default=None, metadata=schema.LATER)
 
     @property
     def calibrated(self) -> bool:
@@ -173,6 +176,7 @@ class CheckpointRecipe:
     overrides: the weights of layers that are stored otherwise; absent for none.
     embed_tokens: the format of the embedding table, which is rounded to nearest where it is not the compute type, as where it is
         absent.
+    cache: as in a recipe, by scales in the checkpoint.
     """
 
     description: str
@@ -183,6 +187,7 @@ class CheckpointRecipe:
     activations: Rounded | None = field(default=None, metadata=schema.LATER)
     overrides: tuple[StoredOverride, ...] = field(default=(), metadata=schema.LATER)
     embed_tokens: WeightFormat | None = field(default=None, metadata=schema.LATER)
+    cache: CacheType | None = field(default=None, metadata=schema.LATER)
 
     @property
     def formats(self) -> tuple[StoredFormat, ...]:
@@ -300,9 +305,11 @@ def _check_method(name: str, recipe: Recipe) -> None:
         )
     if recipe.smoothing is not None and not 0 <= recipe.smoothing <= 1:
         raise InputError(f"{name}: smoothing: expected 0 to 1, found {recipe.smoothing}")
+    if recipe.cache is not None and recipe.compute != "float16":
+        raise InputError(f"{name}: compute: expected float16 with a rounded cache, found {recipe.compute}")
     text = recipe.calibration
     if text is None:
-        for key, value in (("method", recipe.method), ("activations", recipe.activations)):
+        for key, value in (("method", recipe.method), ("activations", recipe.activations), ("cache", recipe.cache)):
             if value not in (None, "nearest", "search"):
                 raise InputError(f"{name}: {key}: {value} needs a table [calibration], even an empty one")
     elif not 0 < text.length <= text.tokens:

@@ -47,7 +47,11 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of the rings and of adapters."""
+        """The type of adapters, and of what the graph computes."""
+
+    @property
+    def ring_dtype(self) -> np.dtype[Any]:
+        """The type of the rings: `dtype`, or what keys and values are rounded to."""
 
     def new_cache(
         self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None

@@ -15,9 +15,9 @@ from galerne.runtime.engines.cpu_features import sums_bytes_exactly
 from galerne.runtime.engines.engine import Cache, Float32, Int64
 from galerne.runtime.engines.owned import Owned
 from galerne.runtime.heap import give_back
-from galerne.runtime.manifest import Manifest, cache_names, layer_kinds, write_index_names
+from galerne.runtime.manifest import Manifest, adapter_input_names, cache_names, layer_kinds, write_index_names
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 # How exactly MatMulNBits multiplies: 4 rounds the activations to int8, block by block; 1 keeps them float32.
 _FAST, _EXACT = "4", "1"
 
@@ -174,8 +174,8 @@ def run_bound(session: Owned[Any], io: Any, shape: tuple[int, ...]) -> None:
         raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {shape}: {one_line(exc)}") from exc
 
 
-def ring_layout(session: Owned[Any], manifest: Manifest) -> tuple[list[RingLayout], np.dtype[Any]]:
-    """Return how a graph's rings lie in memory, keys and values by turns, and their type."""
+def ring_layout(session: Owned[Any], manifest: Manifest) -> tuple[list[RingLayout], np.dtype[Any], np.dtype[Any]]:
+    """Return how a graph's rings lie in memory, keys and values by turns, their type, and the type of adapters."""
     inputs = {value.name: value for value in session.value.get_inputs()}
     kinds = layer_kinds(manifest.model.layer_windows)[1]
     past, present = (cache_names(prefix, len(kinds)) for prefix in ("past_key_values", "present"))
@@ -183,7 +183,10 @@ def ring_layout(session: Owned[Any], manifest: Manifest) -> tuple[list[RingLayou
         RingLayout(before, after, tuple(inputs[before].shape), kinds[i // 2])
         for i, (before, after) in enumerate(zip(past, present, strict=True))
     ]
-    return layout, np.dtype(_TYPES[inputs[past[0]].type])
+    # An engine computes in the type that its adapters have; one that has none computes in that of its rings.
+    computed = [adapter_input_names(slot)[0] for slot in manifest.graph.adapter_slots]
+    ring, adapter = (np.dtype(_TYPES[inputs[name].type]) for name in (past[0], (computed or past)[0]))
+    return layout, ring, adapter
 
 
 class OrtEngine:
@@ -195,7 +198,7 @@ class OrtEngine:
         self._session: Owned[Any] | None = session
         give_back()
         self._manifest = manifest
-        self._layout, self.dtype = ring_layout(session, manifest)
+        self._layout, self.ring_dtype, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
 
     def new_cache(
@@ -203,7 +206,7 @@ class OrtEngine:
     ) -> OrtCache:
         """As `Engine.new_cache` says."""
         bound = {**self._no_adapter, **(adapter or {})}
-        return OrtCache(batch, self._layout, capacities, self.dtype, self._manifest.model.vocab_size, bound)
+        return OrtCache(batch, self._layout, capacities, self.ring_dtype, self._manifest.model.vocab_size, bound)
 
     def tokens_of_run(self, wanted: int, most: int) -> int:
         """As `Engine.tokens_of_run` says: a graph takes any number."""

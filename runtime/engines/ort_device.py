@@ -161,7 +161,7 @@ class DeviceEngine:
                 "and cuDNN of its versions; see its message above, or run with `--engine portable`"
             )
         self._session: Owned[Any] | None = session
-        self._layout, self.dtype = ring_layout(session, manifest)
+        self._layout, self.ring_dtype, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
 
     def new_cache(
@@ -170,7 +170,7 @@ class DeviceEngine:
         """As `Engine.new_cache` says."""
         bound = {**self._no_adapter, **(adapter or {})}
         facts = self._manifest.model
-        return DeviceCache(self._placement, batch, self._layout, capacities, self.dtype, facts.vocab_size, bound)
+        return DeviceCache(self._placement, batch, self._layout, capacities, self.ring_dtype, facts.vocab_size, bound)
 
     def tokens_of_run(self, wanted: int, most: int) -> int:
         """As `Engine.tokens_of_run` says: a graph takes any number."""

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from galerne.errors import InputError
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK, PLAN, SCHEMA_VERSION, BuildPlan
 from galerne.optimize.builders.tensorrt.options import Options, check_options, profiles
-from galerne.optimize.check import check
+from galerne.optimize.check import check, check_cache
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import inputs_of, parity_of
@@ -26,7 +26,8 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
 
     Args:
         folder: an existing one. With the bundle's `weights.bin`, its two files are all that `compile_plan` needs.
-    Raises: InputError if the target or the stack lacks a type, an operator or an option, or the graph has adapter slots.
+    Raises: InputError if the target or the stack lacks a type, an operator or an option, or the graph has adapter slots or
+        rounded rings.
     """
     options = options or Options()
     if stack.backend == "onnxruntime" or target.compute_capability is None:
@@ -36,6 +37,7 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
             f"{bundle.path}: has adapter slots, which the {stack.backend} builder does not take; merge the adapter instead: "
             "`galerne export --adapter`"
         )
+    check_cache(bundle, target, stack)
     check_options(options, target, stack)
     try:
         model = onnx.load(str(bundle.file(GRAPH)), load_external_data=False)

@@ -27,7 +27,8 @@ class TensorRTEngine:
             chunk: the most tokens of one run.
         Raises: InputError if the plan's profiles leave out a run of one token.
         """
-        self.name, self.dtype = name, plan.ring_dtype
+        self.name = name
+        self.dtype = self.ring_dtype = plan.ring_dtype
         self._plan, self._driver, self._capacities = plan, driver, tuple(capacities)
         self._lock, self._closed = threading.Lock(), False
         self._contexts: dict[int, Owned[Any]] = {}

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from galerne.runtime.bundle import Bundle
+from tests.export.quantized.cached import Scales, round_cache_of
 from tests.export.quantized.compressed import quantize_checkpoint
 
 # By a short name: the groups, and what else the checkpoint is made with.
@@ -47,3 +48,22 @@ def rounded(
         return made[name]
 
     return get
+
+
+@dataclass
+class Cached:
+    """A checkpoint of floats with scales of its keys and values, and its bundle."""
+
+    folder: Path
+    bundle: Bundle
+    scales: Scales
+
+
+@pytest.fixture(scope="session")
+def cached(
+    checkpoint_folder: Path, exported: Callable[[Path, Path], Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> Cached:
+    """A random Mistral whose keys and values are rounded; tests must not change it."""
+    folder = tmp_path_factory.mktemp("cached")
+    scales = round_cache_of(checkpoint_folder, folder / "checkpoint")
+    return Cached(folder / "checkpoint", exported(folder / "checkpoint", folder / "bundle"), scales)

@@ -63,6 +63,7 @@ lm_head = { dtype = "int8" }
 activations = "int8"
 wide_inputs = ["*.o_proj.weight"]
 smoothing = 0.5
+cache = "int8"
 
 [[overrides]]
 match = "model.layers.0.*"
@@ -107,6 +108,7 @@ def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
         (", block_size = 32", "", r"overrides\[1\]: format: block_size goes with dtype int4"),
         ("tokens = 2048", "tokens = 128", "calibration: .* found length 256 and tokens 128"),
         ("length = 256", "length = 0", "calibration: expected 0 < length"),
+        ('cache = "int8"', 'cache = "fp8"', "cache: expected one of int8, found 'fp8'"),
         ("[calibration]\ntokens = 2048\nlength = 256", "", r"method: gptq needs a table \[calibration\]"),
     ],
 )  # fmt: skip
@@ -123,6 +125,7 @@ def test_fields_that_do_not_go_together_are_named(tmp_path: Path, old: str, new:
     [
         ('activations = "int8"', r"activations: int8 needs a table \[calibration\]"),
         ('method = "awq"', r"method: awq needs a table \[calibration\]"),
+        ('cache = "int8"', r"cache: int8 needs a table \[calibration\]"),
         ('overrides = [{ match = "*", format = { dtype = "float8e4m3fn" } }]', "float8e4m3fn needs a"),
     ],
 )
@@ -133,7 +136,7 @@ def test_what_needs_text_says_so(tmp_path: Path, added: str, message: str) -> No
         recipe.load(str(path))
 
 
-def test_floats_have_no_method_and_no_rounded_activations(tmp_path: Path) -> None:
+def test_floats_have_no_method_and_no_rounded_activations_or_cache(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     floats = 'description = ""\ncompute = "float32"\nweights = { dtype = "float32" }\nlm_head = { dtype = "float32" }\n'
     path.write_text(floats + 'method = "search"')
@@ -142,12 +145,18 @@ def test_floats_have_no_method_and_no_rounded_activations(tmp_path: Path) -> Non
     path.write_text(floats + 'activations = "int8"\n[calibration]')
     with pytest.raises(InputError, match="activations: expected quantized weights beside them, found float32"):
         recipe.load(str(path))
+    path.write_text(floats + 'cache = "int8"\n[calibration]')
+    with pytest.raises(InputError, match="compute: expected float16 with a rounded cache, found float32"):
+        recipe.load(str(path))
+    path.write_text(floats.replace("float32", "float16") + 'cache = "int8"\n[calibration]')
+    assert recipe.load(str(path)).cache == "int8"
 
 
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(
         InputError,
-        match="'int5': unknown; there are bf16, fp16, fp32, fp8, int4-awq, int4-gptq, int4-rtn, int4-search, int8, int8-w8a8",
+        match="'int5': unknown; there are bf16, fp16, fp32, fp8, int4-awq, int4-gptq, int4-rtn, int4-search, int8, int8-kv8, "
+        "int8-w8a8",
     ):
         recipe.load("int5")
     with pytest.raises(InputError, match="no such recipe file"):
