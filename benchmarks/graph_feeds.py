@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _PAST = "past_key_values."
+_RINGS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def feeds(inputs: Sequence[Any], ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -25,5 +26,5 @@ def feeds(inputs: Sequence[Any], ids: NDArray[np.int64]) -> dict[str, NDArray[An
     }
     for each in inputs:
         if each.name.startswith(_PAST):  # [batch_size, heads, slots, head_dim]: an empty ring that holds the sequence
-            found[each.name] = np.zeros((1, each.shape[1], len(ids), each.shape[3]), np.float32)
+            found[each.name] = np.zeros((1, each.shape[1], len(ids), each.shape[3]), _RINGS[each.type])
     return found

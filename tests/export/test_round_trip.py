@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from benchmarks.graph_feeds import feeds
 from galerne.export.calibrate.quantize import quantize
@@ -55,6 +55,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+EMBEDDING = "model.embed_tokens.weight"
 IDS = np.random.default_rng(0).integers(3, 2000, 40).tolist()
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LEVELS = {"int4": (-8, 7), "int8": (-127, 127)}
@@ -130,7 +131,8 @@ def rounded(weight: Float32, form: dict[str, Any], method: str) -> Float32:
         return torch.from_numpy(weight).to(FLOATS[form["dtype"]]).float().numpy()
     if form["dtype"] == "float8e4m3fn":
         scale = (np.abs(weight).max(axis=1, keepdims=True) / 448).astype(np.float16).astype(np.float32)
-        return np.clip(weight / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        eights: Float32 = np.clip(weight / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        return eights
     low, high = LEVELS[form["dtype"]]
     block = weight.shape[1]
     if form["dtype"] == "int4":
@@ -149,7 +151,8 @@ def rounded(weight: Float32, form: dict[str, Any], method: str) -> Float32:
         error = (np.abs(blocks.astype(np.float64) - tried) ** 3).sum(axis=1)
         best = np.where((error < least)[:, None], tried, best)
         least = np.minimum(least, error)
-    return best.reshape(weight.shape) + 0  # an integer has no negative zero
+    result: Float32 = best.reshape(weight.shape) + 0  # an integer has no negative zero
+    return result
 
 
 def unpacked(tensors: dict[str, Tensor], module: str) -> Float32:
@@ -162,11 +165,18 @@ def unpacked(tensors: dict[str, Tensor], module: str) -> Float32:
         values = codes.reshape(out_features, -1)[:, :in_features].astype(np.float32) - 8
     else:
         values = tensors[f"{module}.weight"].float().numpy()
-    return values * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
+    weight: Float32 = values * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
+    return weight
 
 
 def reference(made: Made) -> Weights:
-    """Return the products' weights [out, in]."""
+    """Return the products' weights [out, in], and the embedding table."""
+    form = made.tree.get("embed_tokens", {"dtype": made.tree["compute"]})
+    table = {EMBEDDING: rounded(made.source[EMBEDDING].float().numpy(), form, "nearest")}
+    return table | _products(made)
+
+
+def _products(made: Made) -> Weights:
     if made.folder is not None:
         return {name: unpacked(made.folder, name.removesuffix(".weight")) for name in products(made.source)}
     method = made.tree.get("method", "nearest")
@@ -184,7 +194,12 @@ def stored(made: Made) -> Weights:
     for name, array in arrays.items():
         plain, columns = name.removesuffix("_quantized"), array.astype(np.float32)
         module, _, kind = plain.rpartition(".")
-        if kind != "weight" or not module.endswith(("_proj", "lm_head")):
+        if kind != "weight" or not module.endswith(("_proj", "lm_head", "embed_tokens")):
+            continue
+        if plain == EMBEDDING:  # lies as it is, a scale for each row
+            weights[plain] = (
+                columns if plain == name else columns * arrays[f"{plain}_scale"].astype(np.float32)[:, None]
+            )
             continue
         if plain != name:
             scale = arrays[f"{plain}_scale"].astype(np.float32)
@@ -213,14 +228,15 @@ def test_what_text_does_not_move_is_rounded_to_nearest(name: str, made_by: Calla
     """In the folders of calibrated recipes: 8-bit weights that no factor reached, bit for bit."""
     made = made_by(name)
     wide = made.tree.get("wide_inputs", [])
-    factored = "smoothing" in made.tree or made.tree.get("method") == "awq"
-    for key, weight in reference(made).items():
-        # With grouped heads nothing before the output projection takes factors.
+    method, smoothed = made.tree.get("method", "nearest"), "smoothing" in made.tree
+    for key, weight in _products(made).items():
+        # With grouped heads AWQ finds nothing before the output projection that takes factors.
         kept = (
-            not factored
-            or key.endswith(("o_proj.weight", "lm_head.weight"))
+            (not smoothed and method != "awq")
+            or key.endswith("lm_head.weight")
+            or (method == "awq" and key.endswith("o_proj.weight"))
             or any(fnmatch.fnmatch(key, w) for w in wide)
-        )
+        ) and method != "gptq"
         if form_of(key, made.tree)["dtype"] in ("int8", "float8e4m3fn") and kept:
             assert same_bits(weight, rounded(made.source[key].float().numpy(), form_of(key, made.tree), "nearest")), key
 
@@ -229,17 +245,15 @@ def fake_quantized(made: Made) -> Tensor:
     """Return the logits [S, vocab_size] of transformers' model, float32, with what is rounded in the bundle rounded."""
     assert made.tree.keys() <= {
         *("description", "compute", "weights", "lm_head", "method", "calibration"),
-        *("activations", "smoothing", "wide_inputs"),
+        *("activations", "smoothing", "wide_inputs", "embed_tokens", "cache"),
     }, "a recipe with a key that this model does not know: say here what it rounds"
     state = dict(made.source)
     if made.folder is not None:  # factors are in its norms
         state |= {name: tensor for name, tensor in made.folder.items() if name in state and tensor.is_floating_point()}
-    table = "model.embed_tokens.weight"
-    state = {name: tensor.float() for name, tensor in state.items()} | {
-        table: state[table].to(FLOATS[made.tree["compute"]]).float()
-    }
+    state = {name: tensor.float() for name, tensor in state.items() if name in made.source}
     state |= {name: torch.from_numpy(weight) for name, weight in reference(made).items()}
-    model = MistralForCausalLM(MistralConfig(**CONFIG, attn_implementation="eager")).eval()
+    model = MistralForCausalLM(MistralConfig(**CONFIG)).eval()
+    model.set_attn_implementation("eager")
     model.load_state_dict(state)
     scales = {
         name.removesuffix(".input_scale"): float(tensor)
@@ -252,7 +266,30 @@ def fake_quantized(made: Made) -> Tensor:
     assert scales.keys() == {name.removesuffix(".weight") for name in taken}
     for module, scale in scales.items():
         model.get_submodule(module).register_forward_pre_hook(rounding_hook(str(kind), scale))
-    return logits(model)
+    if "cache" not in made.tree:
+        return logits(model)
+    assert made.folder is not None and made.tree["cache"] == "int8"
+    folder = made.folder
+    steps = [
+        tuple(float(folder[f"model.layers.{layer}.self_attn.{part}_scale"]) for part in "kv")
+        for layer in range(CONFIG["num_hidden_layers"])
+    ]
+    return logits(model, RoundingCache(model.config, steps))
+
+
+class RoundingCache(DynamicCache):
+    """Keys and values in int8, by one scale each a layer."""
+
+    def __init__(self, config: MistralConfig, steps: list[tuple[float, ...]]) -> None:
+        super().__init__(config=config)
+        self._steps = steps
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        key, value = (
+            torch.fake_quantize_per_tensor_affine(x, step, 0, -128, 127)
+            for x, step in zip((key_states, value_states), self._steps[layer_idx], strict=True)
+        )
+        return super().update(key, value, layer_idx, *args, **kwargs)
 
 
 def rounding_hook(kind: str, scale: float) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
@@ -264,14 +301,14 @@ def rounding_hook(kind: str, scale: float) -> Callable[[nn.Module, tuple[Tensor]
     return hook
 
 
-def logits(model: MistralForCausalLM) -> Tensor:
+def logits(model: MistralForCausalLM, cache: DynamicCache | None = None) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        found: Tensor = model(torch.tensor([IDS]), cache=cache, use_cache=cache is not None).logits[0]
     return found
 
 
 def in_float32(bundle: Bundle, folder: Path) -> Tensor:
-    """Return the logits [S, vocab_size] of the bundle's graph with its float types widened: no noise of float16 turns a rounding."""
+    """Return the logits [S, vocab_size] of the bundle's graph with its floats widened: no noise of float16 turns a rounding."""
     os.link(bundle.file(WEIGHTS), folder / WEIGHTS)
     model = ir.load(bundle.file(GRAPH))
     widen(model)
@@ -295,6 +332,7 @@ def test_onnx_runtime_computes_what_a_fake_quantized_model_does(
     wide = off(in_float32(made.bundle, tmp_path))
     assert wide < 1e-5
     assert name == "fp32" or wide < 0.01 * off(unrounded)
-    if made.tree["compute"] != "bfloat16" and "activations" not in made.tree:
+    # In float16 what is rounded while it runs goes either way.
+    if made.tree["compute"] != "bfloat16" and made.tree.keys().isdisjoint({"activations", "cache"}):
         with Model.open(made.bundle.path, "portable", exact=True) as model:
             assert off(torch.from_numpy(model.rows().feed_all([IDS])[0])) < 3e-3
