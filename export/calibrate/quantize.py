@@ -9,6 +9,7 @@ from galerne import schema
 from galerne.errors import InputError
 from galerne.export.calibrate.folder import QuantizedFolder
 from galerne.export.calibrate.record import RECORD, RECORD_VERSION, Record, TextFacts
+from galerne.export.calibrate.source import check_finite
 from galerne.export.calibrate.stream import Stream
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.export import check_tensors, config_name
@@ -74,6 +75,7 @@ def quantize(
     recipe = replace(recipe, calibration=calibration)
     ids = _calibration_ids(checkpoint, text, calibration, spec.bos_token_id, spec.context_limit)
     stream = Stream(checkpoint, recipe, spec, ids)
+    check_finite(checkpoint)
     with step("hash source"):
         source = Source(checkpoint.format, {file.name: entry_of(file) for file in checkpoint.files()})
     facts = TextFacts(text.name, sha256_file(text), ids.size, ids.shape[1])

@@ -1,5 +1,7 @@
 """A checkpoint's weights for a streamed model, with those of one decoder layer held, and replaced as they are rounded."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,12 +9,31 @@ from torch import Tensor
 from galerne.errors import InputError
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.tiles import is_finite, widen
+from galerne.progress import Task
 from galerne.runtime.footprint import HEAD, TABLE
+
+# Values that are looked at together: few enough to stay in a core's cache.
+_TILE = 1 << 18
 
 
 def layer_prefix(number: int) -> str:
     """Return what the names of a decoder layer's tensors begin with."""
     return f"model.layers.{number}."
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read all weights once: what is damaged in the last layer would come to light when hours of rounding are over.
+
+    Raises: InputError if a tensor holds NaN or infinity.
+    """
+    shapes = checkpoint.shapes()
+    with Task("check weights", sum(map(math.prod, shapes.values()))) as task:
+        for name, shape in shapes.items():
+            values = np.ascontiguousarray(checkpoint.read(name)).reshape(-1)
+            if not all(is_finite(values[first : first + _TILE]) for first in range(0, len(values), _TILE)):
+                raise InputError(f"{checkpoint.path}: {name}: holds NaN or infinity; the checkpoint is damaged")
+            checkpoint.release(name)
+            task.advance(math.prod(shape))
 
 
 class LayerWeights:
@@ -37,7 +58,7 @@ class LayerWeights:
         self._prefix = layer_prefix(number)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a weight as it is now. Raises: InputError if it holds NaN or infinity."""
+        """Return a weight as it is now."""
         assert name not in self._gone, name
         found = self._held.get(name)
         if found is None:
@@ -65,9 +86,6 @@ class LayerWeights:
         """Return a tensor as the checkpoint has it, in float32."""
         if name == HEAD and self.tied:
             name = TABLE
-        values = self._checkpoint.read(name)
-        if not is_finite(np.ascontiguousarray(values)):
-            raise InputError(f"{self._checkpoint.path}: {name}: holds NaN or infinity; the checkpoint is damaged")
-        wide = torch.from_numpy(widen(values))
+        wide = torch.from_numpy(widen(self._checkpoint.read(name)))
         self._checkpoint.release(name)
         return wide

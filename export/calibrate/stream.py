@@ -147,7 +147,7 @@ class Stream:
             factors = fold.by_channel(of_places)
             run.divide(group, factors)
             if cache is not None and group.products == (AFTER_CACHE,):
-                cache.divide_values(factors)
+                cache.divide_values(of_places)
             statistics.divide(factors)
             for name in names:
                 self._weights.replace(name, self._weights(name) * torch.from_numpy(factors))
