@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from galerne.errors import InputError
+from galerne.export.calibrate.experts import stored_name
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.tiles import is_finite, widen
 from galerne.runtime.footprint import HEAD, TABLE
@@ -37,7 +38,11 @@ class LayerWeights:
         self._prefix = layer_prefix(number)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a weight as it is now. Raises: InputError if it holds NaN or infinity."""
+        """Return a weight as it is now, by its name in the checkpoint or in the model.
+
+        Raises: InputError if it holds NaN or infinity.
+        """
+        name = stored_name(name)
         assert name not in self._gone, name
         found = self._held.get(name)
         if found is None:
