@@ -271,7 +271,7 @@ def logits(model: MistralForCausalLM) -> Tensor:
 
 
 def in_float32(bundle: Bundle, folder: Path) -> Tensor:
-    """Return the logits [S, vocab_size] of the bundle's graph with its floats widened: no noise of float16 turns a rounding."""
+    """Return the logits [S, vocab_size] of the bundle's graph with its float types widened: no noise of float16 turns a rounding."""
     os.link(bundle.file(WEIGHTS), folder / WEIGHTS)
     model = ir.load(bundle.file(GRAPH))
     widen(model)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from galerne.errors import InputError
 from galerne.export.calibrate.experts import split_experts
 from galerne.export.calibrate.folder import QuantizedFolder
 from galerne.export.calibrate.quantize import quantize
@@ -156,3 +157,14 @@ def test_a_run_that_was_stopped_goes_on(
     again = quantize(source, own, "gptq", TEXT, tmp_path / "again")
     for file in whole.iterdir():
         assert np.array_equal(np.fromfile(file, np.uint8), np.fromfile(again / file.name, np.uint8)), file.name
+
+
+def test_the_recipe_that_ships_leaves_the_last_products_wide(family_of: Families) -> None:
+    own, names = recipe.load("int8-w8a8"), open_checkpoint(family_of("mixtral")).shapes().keys()
+    recipe.check_overrides(own, names, "it")
+    expert = "model.layers.0.block_sparse_moe.experts.1"
+    assert [own.inputs_of(f"{expert}.w{i}.weight") for i in (1, 2, 3)] == ["int8", None, "int8"]
+    with pytest.raises(
+        InputError, match=r"wide_inputs: '\*.down_proj.weight' or '\*.w2.weight' matches no weight of it"
+    ):
+        recipe.check_overrides(own, ["lm_head.weight"], "it")
