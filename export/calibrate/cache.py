@@ -31,7 +31,7 @@ class CacheRanges:
         self._attention: Any = layer.get_submodule(_ATTENTION)
         self._key = self._value = torch.zeros(())
         with self._passing(self._note):
-            for _ in run.reach(AFTER_CACHE):
+            for _ in run.calls(AFTER_CACHE):
                 pass
         setattr(self._attention, CACHED, self._rounded)
 

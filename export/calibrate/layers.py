@@ -39,8 +39,8 @@ class Group:
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a run that has gone far enough
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    def __init__(self, args: tuple[Tensor, ...]) -> None:
+        self.given = args
 
 
 class Layers:
@@ -77,14 +77,17 @@ class Layers:
 
     @torch.inference_mode()
     def groups(self, number: int, hidden: Float32) -> tuple[Group, ...]:
-        """Run a layer on one sequence's hidden states [S, hidden_size] and see which products read the same input."""
+        """Run a layer on one sequence's hidden states [S, hidden_size] and see which products read the same input.
+
+        Not a mixture's experts, which read some of the tokens each.
+        """
         layer = self.modules[number]
         ran: list[tuple[str, Tensor, Tensor]] = []
         results: dict[str, Any] = {}
 
         def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             results[name] = output
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and ".experts." not in name:
                 ran.append((name, args[0], output))
 
         hooks = [
@@ -142,7 +145,8 @@ class LayerRun:
         To be gone through to the end, and for the groups in their order.
         """
         for number in self._sequences():
-            value = self._reach(group.products[0])
+            (value,) = self._reach(group.products[0])
+            value = value.reshape(-1, value.shape[-1])
             if group.closes is not None:
                 if group not in self._kept:
                     self._kept[group] = self._keep(group.products[0], (len(self._hidden), *value.shape))
@@ -151,11 +155,10 @@ class LayerRun:
         if group in self._kept:
             self._start_from(group, self._kept[group])
 
-    def reach(self, product: str) -> Iterator[None]:
-        """Run the layer on each sequence up to a product, with all weights as they are now; nothing is kept."""
+    def calls(self, module: str) -> Iterator[tuple[Tensor, ...]]:
+        """Yield what one of the layer's modules is called with for each sequence, with all weights as they are now."""
         for _ in self._sequences():
-            self._reach(product)
-            yield
+            yield self._reach(module)
 
     def divide(self, group: Group, factors: Float32) -> None:
         """Divide the channels of a group's inputs by factors [in] where they are kept, as what they come from was divided."""
@@ -181,13 +184,13 @@ class LayerRun:
             yield number
 
     @torch.inference_mode()
-    def _reach(self, product: str) -> Tensor:
-        with _stopping_at(self._layer.get_submodule(product)):
+    def _reach(self, module: str) -> tuple[Tensor, ...]:
+        with _stopping_at(self._layer.get_submodule(module)):
             try:
                 self._layers.run(self._number, self._hidden[self._sequence])
             except _Reached as reached:
-                return reached.value.reshape(-1, reached.value.shape[-1])
-        raise AssertionError(f"{product}: the layer did not run it")
+                return reached.given
+        raise AssertionError(f"{module}: the layer did not run it")
 
     def _start_from(self, group: Group, kept: Float32) -> None:
         assert group.closes is not None
@@ -204,7 +207,7 @@ class LayerRun:
 @contextmanager
 def _stopping_at(module: nn.Module) -> Iterator[None]:
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _Reached(args[0])
+        raise _Reached(args)
 
     # Before the hook that reads the module's weight, which nothing would let go of again.
     hook = module.register_forward_pre_hook(stop, prepend=True)

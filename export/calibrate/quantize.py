@@ -61,10 +61,6 @@ def quantize(
     if out.exists():  # before the text and the source are read
         raise InputError(f"{out}: already exists; choose another output folder or remove it")
     spec = read_spec(checkpoint.config, config_name(checkpoint))
-    if spec.num_experts:
-        raise InputError(
-            f"{checkpoint.path}: {spec.architecture}: several experts cannot be calibrated; use int8 or int4-rtn"
-        )
     check_tensors(spec, checkpoint)
     check_overrides(recipe, weight_names(model_facts(spec)), str(checkpoint.path))
     calibration = replace(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from galerne.errors import InputError
+from galerne.export.calibrate.experts import stored_name
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.tiles import is_finite, widen
 from galerne.progress import Task
@@ -58,7 +59,8 @@ class LayerWeights:
         self._prefix = layer_prefix(number)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a weight as it is now."""
+        """Return a weight as it is now, by its name in the checkpoint or in the model."""
+        name = stored_name(name)
         assert name not in self._gone, name
         found = self._held.get(name)
         if found is None:

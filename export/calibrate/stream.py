@@ -1,33 +1,28 @@
 """Rounds a model layer by layer, each on what the rounded layers before it make of the calibration text."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from galerne.errors import InputError
 from galerne.export.calibrate.cache import AFTER_CACHE, CacheRanges
 from galerne.export.calibrate.compressed import Scheme, cache_tensors, tensors_of
-from galerne.export.calibrate.fold import Fold, bounded, divide, fold_of
+from galerne.export.calibrate.experts import BLOCK, EXPERTS, Routed, split_experts, stored_name
+from galerne.export.calibrate.fold import fold_of
 from galerne.export.calibrate.folder import QuantizedFolder, as_stored
-from galerne.export.calibrate.layers import Float32, Group, Int64, LayerRun, Layers
-from galerne.export.calibrate.rounded import LARGEST, RoundedWeight, round_weight, uses_hessian
+from galerne.export.calibrate.layers import Group, Int64, LayerRun, Layers
+from galerne.export.calibrate.mixture import round_mixture
+from galerne.export.calibrate.rounded import round_weight, uses_hessian
+from galerne.export.calibrate.rounder import Rounder
 from galerne.export.calibrate.source import LayerWeights, layer_prefix
 from galerne.export.calibrate.statistics import Statistics
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.spec import DecoderSpec
-from galerne.optimize.quantize.awq import awq_factors
 from galerne.optimize.quantize.recipe import Recipe
-from galerne.optimize.quantize.smooth import smooth_factors
 from galerne.progress import Task
 from galerne.runtime.footprint import HEAD
-
-# Inputs that AWQ's factors are searched on.
-_ROWS = 1024
 
 
 class Stream:
@@ -46,9 +41,9 @@ class Stream:
         """
         self._checkpoint, self._recipe, self._spec, self._ids = checkpoint, recipe, spec, ids
         self._weights = LayerWeights(checkpoint, tied=spec.tie_word_embeddings)
-        self._layers = Layers(StreamedModel(checkpoint, substitute=self._weights))
+        self._layers = Layers(StreamedModel(checkpoint, substitute=self._weights, prepare=split_experts))
         linear = {
-            name: module.in_features
+            stored_name(name): module.in_features
             for name, module in self._layers.model.named_modules()
             if isinstance(module, nn.Linear)
         }
@@ -59,6 +54,9 @@ class Stream:
             for name, form in forms.items()
             if form.bits is not None
         }
+        if spec.num_experts:  # no linear module of transformers, but one that other readers may take for such
+            self.ignored += [f"{layer_prefix(number)}{BLOCK}.gate" for number in range(spec.num_hidden_layers)]
+        self._rounder = Rounder(recipe, spec, self._weights, self.schemes, len(ids), str(checkpoint.path))
         self._groups: tuple[Group, ...] = ()
         self._runs = recipe.method in ("gptq", "awq") or recipe.activations is not None or recipe.cache is not None
 
@@ -93,93 +91,52 @@ class Stream:
 
     def _layer(self, folder: QuantizedFolder, number: int, task: Task) -> None:
         self._weights.enter(number)
-        rounded: dict[str, RoundedWeight] = {}
+        self._rounder.rounded.clear()
+        prefix = layer_prefix(number)
         cache: CacheRanges | None = None
         if self._runs:
-            hidden = folder.hidden(number)
+            hidden, layer = folder.hidden(number), self._layers.modules[number]
             if not self._groups:  # the same in all layers
                 self._groups = self._layers.groups(number, hidden[0])
+            part = 1 / (len(self._groups) + self._spec.num_experts)
             run = LayerRun(self._layers, number, hidden, folder.scratch)
             try:
                 for group in self._groups:
                     if self._recipe.cache is not None and group.products == (AFTER_CACHE,):
-                        cache = CacheRanges(self._layers.modules[number], self._recipe.cache, run)
-                    self._group(layer_prefix(number), group, run, rounded, cache)
-                    task.advance(1 / len(self._groups))
+                        cache = CacheRanges(layer, self._recipe.cache, run)
+                    self._group(prefix, group, run, cache)
+                    task.advance(part)
+                if self._spec.num_experts:
+                    routed = Routed(run, folder.scratch(EXPERTS, hidden.shape))
+                    for _ in round_mixture(prefix, layer, routed, self._rounder):
+                        task.advance(part)
                 self._carry_on(folder, number, run)
             finally:
                 run.close()
         else:
-            prefix = layer_prefix(number)
             for name in (f"{module}.weight" for module in self.schemes if module.startswith(prefix)):
-                self._round(name, None, rounded)
+                self._rounder.round(name, None)
             task.advance()
-        tensors = self._tensors(layer_prefix(number), rounded)
+        tensors = self._tensors(prefix)
         folder.write(number, tensors if cache is None else tensors | cache_tensors(number, cache.scales()))
 
-    def _group(
-        self,
-        prefix: str,
-        group: Group,
-        run: LayerRun,
-        rounded: dict[str, RoundedWeight],
-        cache: CacheRanges | None,
-    ) -> None:
+    def _group(self, prefix: str, group: Group, run: LayerRun, cache: CacheRanges | None) -> None:
         """Round the products that read one input. `cache`: of the layer's keys and values, once they are known."""
-        names = [f"{prefix}{product}.weight" for product in group.products]
-        quantized = [name for name in names if name.removesuffix(".weight") in self.schemes]
-        hessian = any(uses_hessian(self._recipe.format_for(name), self._recipe.method) for name in names)
-        rows = max(1, _ROWS // len(self._ids)) if self._recipe.method == "awq" else 0
-        statistics = None
-        for x in run.inputs(group):
-            if statistics is None:
-                statistics = Statistics(x.shape[1], hessian=hessian, rows=rows)
-            statistics.add(x)
-        assert statistics is not None
-        smoothed = self._recipe.smoothing is not None and any(map(self._recipe.inputs_of, quantized))
-        factored = smoothed or (self._recipe.method == "awq" and quantized)
-        fold = fold_of(group, self._spec) if factored else None
-        if fold is not None and fold.readers > 1 and not smoothed:
-            fold = None  # AWQ searches for a factor by channel
-        if fold is not None:
-            of_places = bounded(self._factors(quantized, statistics, fold), fold, prefix, rounded)
-            divide(of_places, fold, prefix, self._spec, self._weights, rounded)
-            factors = fold.by_channel(of_places)
-            run.divide(group, factors)
+        rounder, names = self._rounder, [f"{prefix}{product}.weight" for product in group.products]
+        quantized = rounder.quantized(names)
+        statistics = rounder.statistics(quantized, run.inputs(group))
+        fold = fold_of(group, self._spec)
+        if fold is not None and rounder.folds(fold, quantized):
+            of_places = rounder.fold(prefix, fold, names, quantized, statistics)
+            run.divide(group, fold.by_channel(of_places))
             if cache is not None and group.products == (AFTER_CACHE,):
                 cache.divide_values(of_places)
-            statistics.divide(factors)
-            for name in names:
-                self._weights.replace(name, self._weights(name) * torch.from_numpy(factors))
         if group.closes is not None:  # from here on the module starts from what these products read
-            for name in rounded:
+            for name in rounder.rounded:
                 if name.startswith(f"{prefix}{group.closes}."):
                     self._weights.drop(name)
         for name in quantized:
-            self._round(name, statistics, rounded)
-
-    def _factors(self, names: list[str], statistics: Statistics, fold: Fold) -> Float32:
-        """Return the factors of products that share an input, by the places that it comes from."""
-        weights = [self._weights(name).numpy() for name in names]
-        if self._recipe.smoothing is not None:
-            largest = fold.by_place(statistics.max_abs[None]).max(axis=0)
-            return smooth_factors([fold.by_place(weight) for weight in weights], largest, self._recipe.smoothing)
-        form = self._recipe.format_for(names[0])
-        assert form.bits is not None
-        block = form.block_for(weights[0].shape[1], names[0])
-        return awq_factors(weights, statistics.rows, form.bits, block, name=names[0])
-
-    def _round(self, name: str, statistics: Statistics | None, rounded: dict[str, RoundedWeight]) -> None:
-        recipe, weight = self._recipe, self._weights(name).numpy()
-        made = round_weight(
-            name, weight, recipe.format_for(name), recipe.method, statistics, str(self._checkpoint.path)
-        )
-        if (inputs := recipe.inputs_of(name)) is not None:
-            assert statistics is not None
-            largest = float(statistics.max_abs.max()) or 1.0
-            made = replace(made, input_scale=largest / LARGEST[inputs])
-        rounded[name] = made
-        self._weights.replace(name, torch.from_numpy(made.dequantized()))
+            rounder.round(name, statistics)
 
     def _carry_on(self, folder: QuantizedFolder, number: int, run: LayerRun) -> None:
         """Keep the hidden states after a layer."""
@@ -192,9 +149,9 @@ class Stream:
             following[sequence] = states
         folder.keep_hidden(number + 1, following)
 
-    def _tensors(self, prefix: str, rounded: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return what is written of the checkpoint's tensors of a prefix: rounded, changed, or as they are."""
-        tensors: dict[str, Tensor] = {}
+        tensors, rounded = dict[str, Tensor](), self._rounder.rounded
         for name in self._checkpoint.shapes():
             if not name.startswith(prefix) or name.endswith(".inv_freq"):
                 continue

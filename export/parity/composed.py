@@ -24,7 +24,8 @@ def composed_weights(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
     Returns: None where transformers loads the checkpoint by itself.
     """
     if isinstance(checkpoint, QuantizedCheckpoint):
-        return _dequantized(_stored(checkpoint.files()), dict(checkpoint.quantization_config))
+        dequantized = _dequantized(_stored(checkpoint.files()), dict(checkpoint.quantization_config))
+        return _with_experts_together(dequantized)
     if isinstance(checkpoint, ConsolidatedCheckpoint):
         return _from_native(_stored(checkpoint.files()), checkpoint.config)
     return None
@@ -144,6 +145,26 @@ def _dequantized(tensors: dict[str, Tensor], config: dict[str, object]) -> dict[
         if "bias" in own:
             weights[f"{module}.bias"] = own["bias"]
     return weights
+
+
+def _with_experts_together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a mixture's experts side by side, as transformers' class has them: gate and up [experts, 2 x width, in], down."""
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    others = {}
+    for name, tensor in weights.items():
+        layer, _, own = name.partition(".block_sparse_moe.")
+        if own == "gate.weight":
+            others[f"{layer}.mlp.gate.weight"] = tensor
+        elif own:
+            _, number, part, _ = own.split(".")
+            found.setdefault(layer, {}).setdefault(int(number), {})[part] = tensor.float()
+        else:
+            others[name] = tensor
+    for layer, experts in found.items():
+        each = [experts[number] for number in range(len(experts))]
+        others[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat([own["w1"], own["w3"]]) for own in each])
+        others[f"{layer}.mlp.experts.down_proj"] = torch.stack([own["w2"] for own in each])
+    return others
 
 
 def _fields(packed: Tensor, bits: int) -> Tensor:

@@ -21,6 +21,7 @@ from galerne.errors import InputError, one_line
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.parity.composed import adapter_products, round_input, rounded_cache
 from galerne.export.parity.composed import rounded_inputs as read_rounded_inputs
+from galerne.export.parity.rounded_experts import experts_apart, with_rounded_inputs
 from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.stored_weights import (
     Held,
@@ -61,6 +62,7 @@ class StreamedModel:
         *,
         substitute: Callable[[str], Tensor | None] | None = None,
         rounded_inputs: bool = True,
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Open a checkpoint.
 
@@ -69,6 +71,7 @@ class StreamedModel:
                 `AdaptedCheckpoint` are there before the rounding.
             substitute: gives every weight from the start, so that the checkpoint's files are not opened here and none is kept.
             rounded_inputs: round the inputs of layers, keys and values where the checkpoint says so.
+            prepare: changes the model's modules on the meta device before anything runs.
         Raises: InputError if transformers cannot load it.
         """
         self._products = {} if adapter is None else adapter_products(adapter)
@@ -83,6 +86,8 @@ class StreamedModel:
                     self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                         config, dtype=torch.float32, attn_implementation=_ATTENTION, experts_implementation="eager"
                     )
+                if prepare is not None:
+                    prepare(self.model)
                 names = {self._stored(name) for name, _ in self.model.named_parameters(remove_duplicate=False)}
                 if substitute is None and not names <= self._weights.names():
                     self._weights = loaded_weights(checkpoint)
@@ -167,7 +172,11 @@ class StreamedModel:
     def _round_inputs(self, rounded: Mapping[str, tuple[str, float]]) -> None:
         """Have layers round their inputs; an adapter's product takes them as they were."""
         self._rounded = set(rounded)
-        for path, (kind, scale) in rounded.items():
+        plain, mixtures = experts_apart(rounded)
+        for path, roundings in mixtures.items():
+            experts = self.model.get_submodule(path)
+            experts.forward = with_rounded_inputs(experts, roundings)  # type: ignore[method-assign]
+        for path, (kind, scale) in plain.items():
             layer = self.model.get_submodule(path)
             assert isinstance(layer, nn.Linear), path
             layer.forward = partial(_of_rounded, layer, kind, scale, self._products.get(f"{path}.weight"))  # type: ignore[method-assign]

@@ -177,7 +177,8 @@ def _by_layer(rounding: Rounding, known: Collection[str]) -> Rounding:
         prefix, _, module = name.rpartition(".")
         kind = module.removesuffix("_proj")
         parts = list(kind) if re.fullmatch("[qkv]+", kind) else kind.split("_")
-        apart = [f"{prefix}.{part}_proj" for part in parts]
+        ending = "" if prefix.rpartition(".")[0].endswith(".experts") else "_proj"  # a mixture's are w1, w2, w3
+        apart = [f"{prefix}.{part}{ending}" for part in parts]
         layers.update(dict.fromkeys([name] if name in known or not module.endswith("_proj") else apart, how))
     return layers
 

@@ -217,16 +217,16 @@ def check_overrides(recipe: AnyRecipe, weights: Collection[str], where: str) -> 
 
     Args:
         weights: the names of its linear weights. where: what to call the model.
-    Raises: InputError if one matches none of them.
+    Raises: InputError if an override matches none of them, or no pattern of `wide_inputs` does.
     """
     if not isinstance(recipe, Recipe):
         return
-    overrides = [("overrides", override.match) for override in recipe.overrides]
-    for key, pattern in (*overrides, *(("wide_inputs", pattern) for pattern in recipe.wide_inputs)):
-        if not fnmatch.filter(weights, pattern):
-            raise InputError(
-                f"{key}: {pattern!r} matches no weight of {where}; its weights are named as in {min(weights)}"
-            )
+    overrides = [("overrides", (override.match,)) for override in recipe.overrides]
+    # Families name the same product differently, so that one recipe for several has a pattern for each.
+    for key, patterns in (*overrides, *([("wide_inputs", recipe.wide_inputs)] if recipe.wide_inputs else [])):
+        if not any(fnmatch.filter(weights, pattern) for pattern in patterns):
+            named = " or ".join(map(repr, patterns))
+            raise InputError(f"{key}: {named} matches no weight of {where}; its weights are named as in {min(weights)}")
 
 
 def read_resolved(tree: dict[str, Any], where: str) -> AnyRecipe:
