@@ -64,7 +64,7 @@ def split_experts(model: nn.Module) -> None:
     for layer in model.get_submodule("model.layers").children():
         block = getattr(layer, "mlp", None)
         fused = getattr(block, "experts", None)
-        if fused is None:
+        if block is None or fused is None:
             continue
         count, hidden_size, intermediate_size = fused.down_proj.shape
         with torch.device("meta"):

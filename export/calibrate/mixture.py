@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from galerne.export.calibrate.experts import BLOCK, EXPERTS, FEWEST_TOKENS, NORM, Routed
+from galerne.export.calibrate.experts import BLOCK, EXPERTS, FEWEST_TOKENS, NORM, Expert, Routed
 from galerne.export.calibrate.fold import Fold
 from galerne.export.calibrate.rounder import Rounder
 from galerne.progress import say
@@ -34,13 +34,12 @@ def round_mixture(prefix: str, layer: nn.Module, routed: Routed, rounder: Rounde
         counts = ", ".join(f"{number} gets {count}" for number, count in few.items())
         say(f"{prefix}{BLOCK}: fewer than {FEWEST_TOKENS} tokens for some experts ({counts}): these are rounded on all")
     for number, (name, expert) in enumerate(zip(names, experts, strict=True)):
+        assert isinstance(expert, Expert)
         _round_expert(prefix, name, expert, routed, None if number in few else number, rounder)
         yield
 
 
-def _round_expert(
-    prefix: str, name: str, expert: nn.Module, routed: Routed, tokens: int | None, rounder: Rounder
-) -> None:
+def _round_expert(prefix: str, name: str, expert: Expert, routed: Routed, tokens: int | None, rounder: Rounder) -> None:
     """Round one expert. tokens: those of which expert to round it on; None for all."""
     gate, up, down = (f"{name}.{part}.weight" for part in ("w1", "w3", "w2"))
     if first := rounder.quantized([gate, up]):

@@ -175,7 +175,7 @@ class StreamedModel:
         plain, mixtures = experts_apart(rounded)
         for path, roundings in mixtures.items():
             experts = self.model.get_submodule(path)
-            experts.forward = with_rounded_inputs(experts, roundings)  # type: ignore[method-assign]
+            experts.forward = with_rounded_inputs(experts, roundings)
         for path, (kind, scale) in plain.items():
             layer = self.model.get_submodule(path)
             assert isinstance(layer, nn.Linear), path

@@ -4,7 +4,7 @@ ONNX Runtime's matrix product copies its right operand into packed panels. For o
 attention: the rings are the right operands of both products, and hardly anything is multiplied with them. Here they are
 the left ones, which are read where they lie: keys times queries, and values, kept transposed, times weights. More tokens
 go the way of Attention, which is faster for them.
-Rings in int8 are dequantized within the branch, one at a time, by the kernel that DequantizeLinear has.
+Rings in int8 are dequantized within the branch, head by head, so that a head's floats are read while they are in the cache.
 Measured on one AVX-512 core, 22 layers of 32/4 heads of 64: 3.5 ms in place of 5.0 over 640 slots, 6.5 in place of 10.1
 over 1280; the branch itself costs 5 microseconds a layer.
 """
@@ -137,19 +137,33 @@ def _one(attention: ir.Node, mask: ir.Value) -> ir.Graph:
     assert isinstance(head_dim, int)
     scale = 1 / math.sqrt(head_dim) if given is None else given.as_float()
     name = f"{attention.name}/single_token/"
-    read_keys, keys = _dequantized(keys, _ring(keys), f"{name}keys/")
-    read_values, values = _dequantized(values, _ring(values), f"{name}values/")
-    scores = ir.node(
-        "FusedMatMul", [keys, query], {"transB": 1, "alpha": scale}, domain=_FUSED, name=f"{name}keys"
-    )  # [B, Hkv, C, G]
-    turned = ir.node("Transpose", [scores.outputs[0]], {"perm": _SWAPPED}, name=f"{name}scores")
+    scores = _times(keys, query, scale, f"{name}keys")  # [B, Hkv, C, G]
+    turned = ir.node("Transpose", [scores[-1].outputs[0]], {"perm": _SWAPPED}, name=f"{name}scores")
     masked = ir.node("Add", [turned.outputs[0], mask], name=f"{name}masked")
     weights = ir.node("Softmax", [masked.outputs[0]], {"axis": -1}, name=f"{name}weights")
-    attended = ir.node(
-        "FusedMatMul", [values, weights.outputs[0]], {"transB": 1}, domain=_FUSED, name=f"{name}values"
-    )  # [B, Hkv, D, G]
-    result = ir.node("Transpose", [attended.outputs[0]], {"perm": _SWAPPED}, name=f"{name}result")
-    return _branch([*read_keys, scores, turned, masked, weights, *read_values, attended, result])
+    attended = _times(values, weights.outputs[0], 1.0, f"{name}values")  # [B, Hkv, D, G]
+    result = ir.node("Transpose", [attended[-1].outputs[0]], {"perm": _SWAPPED}, name=f"{name}result")
+    return _branch([*scores, turned, masked, weights, *attended, result])
+
+
+def _times(read: ir.Value, other: ir.Value, scale: float, name: str) -> list[ir.Node]:
+    """Return what multiplies a ring [B, Hkv, X, Y] with the transpose of `other` [B, Hkv, G, Y]; the product comes last."""
+    ring, attributes = _ring(read), {"transB": 1, "alpha": scale}
+    if ring is read:
+        return [ir.node("FusedMatMul", [ring, other], attributes, domain=_FUSED, name=name)]
+    heads = ring.shape[1] if ring.shape is not None else None
+    assert isinstance(heads, int)
+    splits = [
+        ir.node("Split", [whole], {"axis": 1, "num_outputs": heads}, num_outputs=heads, name=f"{name}/{part}")
+        for part, whole in (("ring", ring), ("other", other))
+    ]
+    nodes, products = [*splits], []
+    for head, (own, others) in enumerate(zip(*(split.outputs for split in splits), strict=True)):
+        wide, floats = _dequantized(read, own, f"{name}/{head}/")
+        product = ir.node("FusedMatMul", [floats, others], attributes, domain=_FUSED, name=f"{name}/{head}/product")
+        nodes += [*wide, product]
+        products.append(product.outputs[0])
+    return [*nodes, ir.node("Concat", products, {"axis": 1}, name=name)]
 
 
 def _many(attention: ir.Node) -> ir.Graph:
@@ -166,7 +180,8 @@ def _many(attention: ir.Node) -> ir.Graph:
 
 def _branch(nodes: list[ir.Node]) -> ir.Graph:
     for node in nodes:
-        node.outputs[0].name = f"{node.name}_output_0"
+        for number, output in enumerate(node.outputs):
+            output.name = f"{node.name}_output_{number}"
     result = nodes[-1].outputs[0]
     result.type = ir.TensorType(ir.DataType.FLOAT)
     return ir.Graph([], [result], nodes=nodes, name=nodes[-1].name)

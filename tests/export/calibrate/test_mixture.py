@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ ROUNDED = (
 Families = Callable[[str], Path]
 
 
-def logits(folder: Path, **options: bool) -> Tensor:
+def logits(folder: Path, **options: Any) -> Tensor:
     with torch.inference_mode():
         found: Tensor = StreamedModel(open_checkpoint(folder), **options).model(IDS, use_cache=False).logits
     return found
