@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from galerne.export.calibrate.quantize import quantize
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
+from galerne.export.families.registry import read_spec
 from galerne.export.parity.streamed import StreamedModel
 from galerne.export.parity.verify import verify
 from galerne.export.prequantized import choose_recipe
+from galerne.export.shared_table import is_shared
 from galerne.optimize.quantize import recipe
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
@@ -103,6 +105,21 @@ def test_a_tied_projection_gets_weights_of_its_own(quantized_of: Callable[..., P
     # GPTQ moves a weight by more than half a step, to make up for others.
     assert np.abs(head - table).max() <= 3 * np.abs(table).max() / 127
     assert not np.array_equal(head, table)
+
+
+@pytest.mark.parametrize(("weights", "shared"), [('"int4", block_size = 32', True), ('"int8"', False)])
+def test_a_tied_projection_is_rounded_with_the_table_or_by_gptq(
+    family_of: Callable[[str], Path], tmp_path: Path, weights: str, shared: bool
+) -> None:
+    """Beside int8 layers GPTQ's projection is worth a tensor of its own, beside int4 layers it is not."""
+    path = tmp_path / "gptq.toml"
+    path.write_text(
+        f'description = "a table in int8"\ncompute = "float16"\nmethod = "gptq"\nweights = {{ dtype = {weights} }}\n'
+        'lm_head = { dtype = "int8" }\nembed_tokens = { dtype = "int8" }\ncalibration = { tokens = 256, length = 32 }\n'
+    )
+    chosen = recipe.load(str(path))
+    checkpoint = open_checkpoint(quantize(open_checkpoint(family_of("llama")), chosen, "gptq", TEXT, tmp_path / "out"))
+    assert is_shared(read_spec(checkpoint.config, "config"), checkpoint, chosen) == shared
 
 
 def test_other_formats_by_name_are_kept_apart(
