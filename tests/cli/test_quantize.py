@@ -166,7 +166,9 @@ def test_a_block_that_does_not_divide(refused: Refused, saved_mistral: Callable[
 def test_what_is_quantized_already(refused: Refused, tmp_path: Path) -> None:
     source = Path(shutil.copytree(TINY, tmp_path / "source"))
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (source / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
     refused("no tensor of a quantized weight", source)
 
 
