@@ -77,6 +77,16 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
         raise
 
 
+def check_destination(destination: Path, *, replace: bool = False) -> None:
+    """Raises: InputError if a folder cannot appear there: it exists (and `replace` is off), or its parent does not."""
+    if not replace and (destination.exists() or destination.is_symlink()):
+        raise InputError(f"{destination}: already exists; choose another output folder or remove it")
+    if destination.parent.exists() and not destination.parent.is_dir():
+        raise InputError(f"{destination.parent}: a file; expected a folder that {destination.name} can be made in")
+    if not destination.parent.is_dir():
+        raise InputError(f"{destination.parent}: no such folder; create it first")
+
+
 @contextmanager
 def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `destination` that takes its place when the block ends well.
@@ -88,10 +98,7 @@ def staged_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
         replace: whether a folder that is there already gives way.
     Raises: InputError if `destination` exists (and `replace` is off) or its parent does not; BackendError if the disk is full.
     """
-    if destination.exists() and not replace:
-        raise InputError(f"{destination}: already exists; choose another output folder or remove it")
-    if not destination.parent.is_dir():
-        raise InputError(f"{destination.parent}: no such folder; create it first")
+    check_destination(destination, replace=replace)
     _remove_abandoned(destination)
     try:
         staging, lock = _new_staging(destination)
@@ -123,14 +130,12 @@ def resumable_folder(destination: Path, key_name: str, key: bytes) -> Iterator[P
 
     Args:
         key_name, key: a file of the folder, and what it holds: what the run is made from.
-    Raises: InputError if `destination` exists, its parent does not, or another run is at work there; BackendError if the disk is
-        full.
+    Raises: InputError if `destination` exists, its parent does not, another run is at work there, or the work folder holds what
+        no run left; BackendError if the disk is full.
     """
-    if destination.exists():
-        raise InputError(f"{destination}: already exists; choose another output folder or remove it")
-    if not destination.parent.is_dir():
-        raise InputError(f"{destination.parent}: no such folder; create it first")
+    check_destination(destination)
     folder = work_folder(destination)
+    _check_work_folder(folder, key_name)
     try:
         folder.mkdir(exist_ok=True)
         lock = _locked_alone(folder)
@@ -157,6 +162,20 @@ def resumable_folder(destination: Path, key_name: str, key: bytes) -> Iterator[P
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _check_work_folder(folder: Path, key_name: str) -> None:
+    """Raises: InputError if something is there that no run left, which must not be removed."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder}: a file stands where the run would work; remove it or choose another output folder")
+    # A run that was killed before its key was there leaves at most what `write_atomic` calls it meanwhile.
+    left = [entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{key_name}.")]
+    if left and key_name not in left:
+        raise InputError(
+            f"{folder}: holds {min(left)}, and no {key_name} as a run leaves it; move it away or choose another output folder"
+        )
 
 
 def _locked_alone(folder: Path) -> int | None:

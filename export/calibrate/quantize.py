@@ -16,7 +16,7 @@ from galerne.export.export import check_tensors, config_name
 from galerne.export.facts import model_facts
 from galerne.export.families.registry import read_spec
 from galerne.export.text import Int64, checkpoint_tokenizer, sequences
-from galerne.files import resumable_folder, sha256_file
+from galerne.files import check_destination, resumable_folder, sha256_file
 from galerne.optimize.quantize.recipe import Calibration, Recipe, check_overrides
 from galerne.progress import say, step
 from galerne.runtime.bundle import entry_of
@@ -58,8 +58,7 @@ def quantize(
         raise InputError(
             f"{checkpoint.path}: quantized already with {checkpoint.quantization}; give the original checkpoint"
         )
-    if out.exists():  # before the text and the source are read
-        raise InputError(f"{out}: already exists; choose another output folder or remove it")
+    check_destination(out)  # before the text and the source are read
     spec = read_spec(checkpoint.config, config_name(checkpoint))
     check_tensors(spec, checkpoint)
     check_overrides(recipe, weight_names(model_facts(spec)), str(checkpoint.path))

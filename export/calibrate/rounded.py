@@ -70,7 +70,7 @@ def round_weight(
     kind: Kind = "int4" if form.bits == 4 else "int8"
     if uses_hessian(form, method):
         assert statistics is not None
-        values, scales = gptq(weight, statistics.hessian, form.bits, block, name=name)
+        values, scales = gptq(weight, statistics.hessian, form.bits, block, name=f"{where}: {name}")
         return RoundedWeight(kind, values, scales, stored)
     if method == "nearest" or form.bits == 8:
         scales = scales_of(weight, form.bits, block)

@@ -109,4 +109,4 @@ class Rounder:
         form = self._recipe.format_for(names[0])
         assert form.bits is not None
         block = form.block_for(weights[0].shape[1], names[0])
-        return awq_factors(weights, statistics.rows, form.bits, block, name=names[0])
+        return awq_factors(weights, statistics.rows, form.bits, block, name=f"{self._where}: {names[0]}")

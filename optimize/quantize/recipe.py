@@ -312,7 +312,7 @@ def _check_method(name: str, recipe: Recipe) -> None:
         for key, value in (("method", recipe.method), ("activations", recipe.activations), ("cache", recipe.cache)):
             if value not in (None, "nearest", "search"):
                 raise InputError(f"{name}: {key}: {value} needs a table [calibration], even an empty one")
-    elif not 0 < text.length <= text.tokens:
+    elif not 2 <= text.length <= text.tokens:
         raise InputError(
-            f"{name}: calibration: expected 0 < length <= tokens, found length {text.length} and tokens {text.tokens}"
+            f"{name}: calibration: expected 2 <= length <= tokens, found length {text.length} and tokens {text.tokens}"
         )

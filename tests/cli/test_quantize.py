@@ -121,6 +121,42 @@ def test_weights_that_are_not_finite(recipe: Path, tmp_path: Path, bad: float, n
     assert sorted(tmp_path.iterdir()) == [recipe, source]
 
 
+def test_weights_too_large_for_a_scale(recipe: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(TINY, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][5, 7] = 3e38
+    save_file(tensors, source / "model.safetensors")
+    status, out, err = galerne("quantize", source, "--recipe", recipe, "--calibration", TEXT, "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.strip().endswith(f"galerne: {source}: {name}: a value is too large for a scale in float16")
+    assert sorted(tmp_path.iterdir()) == [recipe, source]
+
+
+def test_norms_that_are_not_finite_where_nothing_runs(recipe: Path, tmp_path: Path) -> None:
+    """Rounding to nearest reads no norm, which is copied all the same."""
+    recipe.write_text(GPTQ.replace('"gptq"', '"nearest"'))
+    source = Path(shutil.copytree(TINY, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    status, _, err = galerne("quantize", source, "--recipe", recipe, "--calibration", TEXT, "--out", tmp_path / "out")
+    assert status == 2
+    assert err.strip().endswith(
+        f"galerne: {source}: model.norm.weight: holds NaN or infinity; the checkpoint is damaged"
+    )
+    assert sorted(tmp_path.iterdir()) == [recipe, source]
+
+
+@pytest.mark.parametrize("out", ["text.txt/out", "none/out"])
+def test_a_destination_that_cannot_be(recipe: Path, tmp_path: Path, out: str) -> None:
+    """Said before the source is read."""
+    (tmp_path / "text.txt").write_text("x")
+    status, _, err = galerne("quantize", TINY, "--recipe", recipe, "--calibration", TEXT, "--out", tmp_path / out)
+    assert status == 2
+    assert err.startswith(f"galerne: {(tmp_path / out).parent}: ") and err.count("\n") == 1
+
+
 def test_a_block_that_does_not_divide(refused: Refused, saved_mistral: Callable[..., Path], tmp_path: Path) -> None:
     source = saved_mistral(intermediate_size=100, vocab_size=2048)
     shutil.copy(TINY / "tokenizer.json", source)
@@ -130,7 +166,9 @@ def test_a_block_that_does_not_divide(refused: Refused, saved_mistral: Callable[
 def test_what_is_quantized_already(refused: Refused, tmp_path: Path) -> None:
     source = Path(shutil.copytree(TINY, tmp_path / "source"))
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (source / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
     refused("no tensor of a quantized weight", source)
 
 

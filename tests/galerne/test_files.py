@@ -11,7 +11,7 @@ import pytest
 
 from galerne import files
 from galerne.errors import BackendError, InputError
-from galerne.files import sha256_file, staged_folder, write_atomic
+from galerne.files import check_destination, resumable_folder, sha256_file, staged_folder, write_atomic
 
 
 class Stop(BaseException):
@@ -85,6 +85,44 @@ def test_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none: no such folder"), staged_folder(tmp_path / "none" / "out"):
         pytest.fail("the block ran")
+
+
+def test_a_file_where_the_parent_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file: a file; expected a folder that out can be made in"):
+        check_destination(tmp_path / "file" / "out")
+
+
+def test_a_link_to_nowhere_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(InputError, match="out: already exists"), resumable_folder(tmp_path / "out", "key", b"1"):
+        pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder/notes.txt"])
+def test_a_work_folder_that_no_run_left_is_kept(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out.unfinished" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    message = f"out.unfinished: holds {name.split('/')[0]}, and no key as a run leaves it; move it away"
+    with pytest.raises(InputError, match=message), resumable_folder(tmp_path / "out", "key", b"1"):
+        pytest.fail("the block ran")
+    assert file.read_text() == "mine"
+
+
+def test_a_file_in_the_work_folder_s_place_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out.unfinished").write_text("mine")
+    with pytest.raises(InputError, match="a file stands where"), resumable_folder(tmp_path / "out", "key", b"1"):
+        pytest.fail("the block ran")
+    assert (tmp_path / "out.unfinished").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_key_was_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / ".key.abc").write_text("half")
+    with resumable_folder(tmp_path / "out", "key", b"1") as folder:
+        (folder / "f").write_text("x")
+    assert sorted(os.listdir(tmp_path / "out")) == ["f", "key"]
 
 
 def test_replace_takes_the_old_folder_s_place_whole(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_recipe_with_all_there_is(tmp_path: Path) -> None:
         ('"float16" }\n\n', '"bfloat16" }\n\n', r"overrides\[0\]: format: dtype: expected float16 as in compute"),
         (", block_size = 32", "", r"overrides\[1\]: format: block_size goes with dtype int4"),
         ("tokens = 2048", "tokens = 128", "calibration: .* found length 256 and tokens 128"),
-        ("length = 256", "length = 0", "calibration: expected 0 < length"),
+        ("length = 256", "length = 0", "calibration: expected 2 <= length"),
         ('cache = "int8"', 'cache = "fp8"', "cache: expected one of int8, found 'fp8'"),
         ("[calibration]\ntokens = 2048\nlength = 256", "", r"method: gptq needs a table \[calibration\]"),
     ],
