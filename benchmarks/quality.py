@@ -22,10 +22,12 @@ from benchmarks.quality_rows import Row, measured, table
 from galerne.errors import BackendError, GalerneError, InputError
 from galerne.optimize.quantize import recipe
 from galerne.progress import say, step
-from galerne.runtime.bundle import Bundle
+from galerne.runtime.bundle import GRAPH, Bundle
 
 _TEXTS = Path(__file__).parent / "texts"
 _TINY = child.ROOT / "examples" / "tiny-mistral"
+# Rows of llama.cpp's whose sizes mixes are made for. A mix's graph may be larger than that of a plain recipe by a little.
+_SIZES, _GRAPHS = ("Q4_K_M", "Q4_0"), 1.05
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def run_case(case: Case, folder: Path, tools: Tools, only: list[str], tokens: in
                 if not gguf.is_file():
                     own("benchmarks.models", "float-gguf", case.checkpoint, gguf)
                 rows.append(of_peer(tools.llama_cpp, name, folder, "llama_cpp", gguf, kind, *ids))
+        rows += filter(None, (of_mix(case, kind, folder, tokens, only) for kind in _SIZES))
     for method in ("nearest, asymmetric", "nearest, symmetric", "HQQ", "GPTQ"):
         if wanted(only, name := f"ONNX Runtime {method}"):
             graph = wide / "model.onnx"
@@ -108,26 +111,30 @@ def own(module: str, *arguments: object) -> child.Finished:
     return child.run([sys.executable, "-m", module, *map(str, arguments)])
 
 
-def exported(case: Case, name: str, folder: Path) -> Path:
-    """Export a recipe, through a quantized checkpoint where it is calibrated, unless it is there; return the bundle."""
-    out = folder / name
+def exported(case: Case, name: str, folder: Path, file: Path | None = None) -> Path:
+    """Export a recipe, through a quantized checkpoint where it is calibrated, unless it is there; return the bundle.
+
+    Args:
+        file: the recipe's, where it is none that ships.
+    """
+    out, chosen = folder / name, name if file is None else str(file)
     if not out.is_dir():
-        source, options = case.checkpoint, ["--recipe", name]
+        source, options = case.checkpoint, ["--recipe", chosen]
         with step(f"{case.name}: {name}"):
-            if recipe.load(name).calibrated:
+            if recipe.load(chosen).calibrated:
                 source, options = folder / f"{name}-checkpoint", []
                 text = ["--calibration", case.calibration]
-                own("galerne.cli", "quantize", case.checkpoint, "--recipe", name, *text, "--out", source)
+                own("galerne.cli", "quantize", case.checkpoint, "--recipe", chosen, *text, "--out", source)
             own("galerne.cli", "export", source, *options, "--out", out)
     return out
 
 
-def of_recipe(case: Case, name: str, folder: Path, tokens: int) -> Row:
-    """Export a recipe, measure it with `galerne quality`, and return its row."""
+def of_recipe(case: Case, name: str, folder: Path, tokens: int, file: Path | None = None) -> Row:
+    """Export a recipe, measure it with `galerne quality`, and return its row. `file`: as in `exported`."""
 
     def make() -> Row:
         seconds = time.perf_counter()
-        bundle = exported(case, name, folder)
+        bundle = exported(case, name, folder, file)
         seconds = time.perf_counter() - seconds
         sizes = ["--tokens", tokens, "--length", case.length]
         with step(f"{case.name}: quality of {name}"):
@@ -147,6 +154,28 @@ def of_recipe(case: Case, name: str, folder: Path, tokens: int) -> Row:
         )
 
     return Row.kept(folder / f"{name}.json", make)
+
+
+def of_mix(case: Case, kind: str, folder: Path, tokens: int, only: list[str]) -> Row | None:
+    """Let `galerne recipe` choose formats for the size of a row of llama.cpp's, and return the row of what GPTQ makes of them.
+
+    Returns: None if it is not asked for, or cannot be so small.
+    """
+    name, beside = f"int4-gptq mix at {kind}'s size", folder / f"llama.cpp {kind}.json"
+    if not wanted(only, name) or not beside.is_file():
+        return None
+    file = folder / f"mix-{kind}.toml"
+    if not file.is_file():
+        graph = (exported(case, "int4-rtn", folder) / GRAPH).stat().st_size
+        most = json.loads(beside.read_text("utf-8"))["size_bytes"] - int(_GRAPHS * graph)
+        limit = ["--max-size", str(most), "--recipe", "int4-gptq", "--text", str(case.calibration)]
+        try:
+            with step(f"{case.name}: {name}"):
+                own("galerne.cli", "recipe", case.checkpoint, *limit, "--length", str(case.length // 2), "--out", file)
+        except BackendError as exc:
+            say(f"{case.name}: {name}: {exc}")
+            return None
+    return of_recipe(case, name, folder, tokens, file)
 
 
 def of_peer(python: Path, name: str, folder: Path, peer: str, *arguments: object) -> Row:
