@@ -77,12 +77,14 @@ TABLE: dict[Arithmetic, Tolerance] = {
         "the graph is right, the cases without the rounding show",
     ),
     "rounded cache": Tolerance(
-        max_abs=1.5,
+        max_abs=0.5,
         max_abs_logit=None,
-        max_mean_kl=4e-3,
-        min_top1_agreement=0.6,
+        max_mean_kl=1e-3,
+        min_top1_agreement=0.7,
         greedy=False,
-        source="TODO",
+        source="keys and values are rounded to 8 bits, as inputs are in the row above: measured at most 0.18 standard deviations, "
+        "3.6e-4 nats and an agreement of 0.85; some three times as much is allowed. That the graph is right, the cases without the "
+        "rounding show",
     ),
 }
 
