@@ -82,9 +82,9 @@ TABLE: dict[Arithmetic, Tolerance] = {
         max_mean_kl=1e-3,
         min_top1_agreement=0.7,
         greedy=False,
-        source="keys and values are rounded to 8 bits, as inputs are in the row above: measured at most 0.18 standard deviations, "
-        "3.6e-4 nats and an agreement of 0.85; some three times as much is allowed. That the graph is right, the cases without the "
-        "rounding show",
+        source="keys and values are rounded to 8 bits, as inputs are in the row above: measured at most 0.18 standard "
+        "deviations, 3.6e-4 nats and an agreement of 0.85; some three times as much is allowed. That the graph is right, the "
+        "cases without the rounding show",
     ),
 }
 
