@@ -65,7 +65,7 @@ def widened(limits: Limits, reference: Float32, rounded: Float32, logits_std: fl
         wider,
         source=f"the model amplifies what its layers round: in transformers, with what each module returns rounded to float16, "
         f"its logits move by {max_abs / logits_std:.2g} standard deviations and {mean_kl:.2g} nats; four times as much is "
-        "allowed, as bundles of such models differed by 0.6 to 1.6 times as much. Faults fainter than that do not show here, "
+        "allowed, as bundles of such models differed by 0.5 to 1.5 times as much. Faults fainter than that do not show here, "
         "but in a bundle of the recipe fp32",
     )
 
