@@ -76,7 +76,7 @@ def check_cache(bundle: Bundle, target: Target, stack: Stack) -> None:
     rounded = bundle.manifest.graph.rounded_cache
     if rounded is not None and stack.backend != "onnxruntime":
         raise InputError(
-            f"{bundle.path}: keys and values in {rounded}, which no TensorRT takes, nor so {target.name}: {_UNROUNDED_CACHE}"
+            f"{bundle.path}: {stack.name} of {target.name}, as all TensorRT, takes no ring of {rounded}: {_UNROUNDED_CACHE}"
         )
 
 

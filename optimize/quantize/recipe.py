@@ -68,7 +68,7 @@ class WeightFormat(StoredFormat):
                 return size
         raise InputError(
             f"{name}: its input axis of {in_features} is divided by none of the int4 blocks "
-            f"{', '.join(map(str, _BLOCK_SIZES))}; use --precision int8"
+            f"{', '.join(map(str, _BLOCK_SIZES))}; give it int8, as the recipe int8 or an override does"
         )
 
 
