@@ -36,7 +36,7 @@ class CacheRanges:
         setattr(self._attention, CACHED, self._rounded)
 
     def divide_values(self, factors: Float32) -> None:
-        """Make the ranges those of values whose channels are divided by factors [heads * head_dim], as v's rows were."""
+        """Make the ranges those of values whose channels are divided by factors [Hkv * head_dim], as v's rows were."""
         self._value = self._value / torch.from_numpy(factors).reshape(self._value.shape)
 
     def scales(self) -> CacheScales:

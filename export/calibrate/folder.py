@@ -11,12 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from galerne.errors import InputError
 from galerne.export.calibrate.compressed import Scheme, quantization_config
 from galerne.export.calibrate.layers import Float32
 from galerne.export.checkpoint.checkpoint import Checkpoint
 from galerne.export.checkpoint.safetensors_folder import CONFIG, INDEX
-from galerne.export.tiles import is_finite
 from galerne.runtime.manifest import CacheType
 from galerne.runtime.safetensors import SafetensorsHeader
 
@@ -106,10 +104,8 @@ class QuantizedFolder:
 
 
 def as_stored(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return a tensor in the checkpoint's type. Raises: InputError if it holds NaN or infinity."""
+    """Return a tensor in the checkpoint's type."""
     values = np.array(checkpoint.read(name))
-    if not is_finite(values):
-        raise InputError(f"{checkpoint.path}: {name}: holds NaN or infinity; the checkpoint is damaged")
     if checkpoint.dtype(name) == "bfloat16":
         return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(values)

@@ -175,7 +175,8 @@ class Stream:
         }
         if self._head_rounded:
             form, method, statistics = self._recipe.format_for(HEAD), self._recipe.method, None
-            if self._weights.tied and form == self._recipe.table and self._recipe.weights.bits == 4:
+            int4 = any(each.bits == 4 for each in self._recipe.formats)
+            if self._weights.tied and form == self._recipe.table and int4:
                 method = "nearest"  # as the table is: the two stay one tensor, and what that costs is lost in int4's own error
             if uses_hessian(form, method):
                 statistics = Statistics(self._spec.hidden_size, hessian=True)

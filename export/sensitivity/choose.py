@@ -147,6 +147,9 @@ def mixed(base: Recipe, groups: Sequence[Group], mix: Mix, *, tied: bool) -> Rec
     table = table_beside(head, base.table) if tied else base.table
     embed_tokens = None if table.bits is None else table
     made = replace(base, weights=common, lm_head=head, overrides=tuple(overrides), embed_tokens=embed_tokens)
+    if tied and made.method == "gptq" and all(form.bits != 4 for form in made.formats):
+        # GPTQ would give the projection a tensor of its own then, which the mix's size does not count.
+        made = replace(made, method="nearest")
     if all(form.bits is None for form in made.formats):  # nothing is rounded, however it would be
         made = replace(made, method="nearest", calibration=None)
     return made

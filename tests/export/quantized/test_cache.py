@@ -182,7 +182,9 @@ def test_rings_take_a_quarter_of_the_memory_and_a_half_of_the_bandwidth(cached: 
 @pytest.mark.parametrize(("name", "stack"), [("l4", None), ("jetson-orin-nx-16gb", "jetpack-6.2"), ("t4", None)])
 def test_tensorrt_targets_refuse_it_before_any_work(cached: Cached, name: str, stack: str | None) -> None:
     chosen = target.load(name)
-    with pytest.raises(InputError, match=f"of {name}, as all TensorRT, takes no ring of int8: build it for --target cpu"):
+    with pytest.raises(
+        InputError, match=f"of {name}, as all TensorRT, takes no ring of int8: build it for --target cpu"
+    ):
         build(cached.bundle, chosen, stack=chosen.stack(stack))
     assert not cached.bundle.file("engines").exists()
     found = [refusal for refusal in check(cached.bundle.file(GRAPH), chosen, chosen.stack()) if refusal.found == "int8"]
