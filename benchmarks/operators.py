@@ -12,7 +12,7 @@ import onnx
 
 from benchmarks.models import make_engine
 from benchmarks.published import markdown
-from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.bundle import ENGINES
 
 _HEAD = "/lm_head/"

@@ -12,12 +12,12 @@ from galerne.optimize.lower.group_heads import group_heads
 from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.widen import widen
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
+from galerne.runtime.engines.cpu import ENGINE_GRAPH, ENGINE_WEIGHTS
 from galerne.runtime.engines.cpu_features import cpu_features
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of, parity_of
 from galerne.targets.target import Stack, Target
 
-ENGINE_GRAPH, ENGINE_WEIGHTS = "engine.onnx", "engine.bin"
 # Smaller tensors stay inside the graph file.
 _EXTERNAL_FROM_BYTES = 1024
 

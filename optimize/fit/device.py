@@ -3,17 +3,15 @@
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from galerne.errors import BackendError
 from galerne.parallel import cores
 from galerne.runtime.bench import memory_bandwidth
+from galerne.runtime.machine_memory import machine_memory
 from galerne.targets.target import Target
 
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _LARGE, _SMALL, _SMALL_ONES, _ROUNDS = 512, 64, 256, 40
 # An instruction that multiplies int8 does at most four times the work of one that multiplies float32 in a register as wide.
 _INT8_GAIN = 4
@@ -74,24 +72,6 @@ def _this_machine(name: str, title: str) -> Device:
     rate = _float32_ops_per_s()
     ops = {"float32": rate, "int8": _INT8_GAIN * rate}
     return Device(name, title, total, available, memory_bandwidth(), ops, measured=True)
-
-
-def machine_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> tuple[int, int]:
-    """Return this machine's memory and what of it can still be had without swapping, in bytes; a container's limit counts.
-
-    Raises: BackendError if there is no /proc/meminfo.
-    """
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError as exc:
-        raise BackendError(f"{meminfo}: cannot be read ({exc.strerror}); the target cpu needs Linux") from exc
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    total, available = sizes["MemTotal"], sizes["MemAvailable"]
-    try:
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no cgroup of version 2, or "max": no limit
-        return total, available
-    return min(total, limit), max(0, min(available, limit - used))
 
 
 def _float32_ops_per_s() -> float:

@@ -7,6 +7,9 @@ from galerne.runtime.bundle import ENGINES, Bundle
 from galerne.runtime.engines.cpu_features import cpu_features
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.engines.record import EngineRecord
+from galerne.runtime.page_cache import read_ahead
+
+ENGINE_GRAPH, ENGINE_WEIGHTS = "engine.onnx", "engine.bin"
 
 
 def open_cpu(bundle: Bundle, record: EngineRecord, threads: int | None) -> OrtEngine:
@@ -26,4 +29,5 @@ def open_cpu(bundle: Bundle, record: EngineRecord, threads: int | None) -> OrtEn
     options = session_options(exact=False, threads=threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimized already
     graph = bundle.file(f"{ENGINES}/{record.target}/{record.file}")
+    read_ahead(graph.with_name(ENGINE_WEIGHTS))
     return OrtEngine(graph, bundle.manifest, name=record.target, options=options)

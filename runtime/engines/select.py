@@ -3,13 +3,14 @@
 import logging
 
 from galerne.errors import BackendError, GalerneError
-from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.cpu import open_cpu
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.engines.ort_device import CUDA, open_cuda_provider
 from galerne.runtime.engines.record import load_record
 from galerne.runtime.engines.tensorrt.open import open_tensorrt
+from galerne.runtime.page_cache import read_ahead
 
 PORTABLE = "portable"
 CPU = "cpu"
@@ -39,6 +40,7 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
                 f"computes in float32: `galerne build {bundle.path} --target cpu`"
             )
         options = session_options(exact=exact, threads=threads)
+        read_ahead(bundle.file(WEIGHTS))
         return OrtEngine(bundle.file(GRAPH), bundle.manifest, name=PORTABLE, options=options)
     if name == CUDA:
         return open_cuda_provider(bundle, exact=exact, threads=threads)

@@ -18,7 +18,7 @@ from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.verify import verify
 from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.optimize.builders.build import build
-from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
 from galerne.optimize.fit.fit import fit
 from galerne.optimize.quantize.recipe import Override, Recipe, WeightFormat, load

@@ -25,7 +25,7 @@ from galerne.export.parity.unrounded import cache_rounding
 from galerne.export.parity.verify import verify
 from galerne.export.prequantized import choose_recipe
 from galerne.optimize.builders.build import build
-from galerne.optimize.builders.ort_cpu import ENGINE_GRAPH
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
 from galerne.optimize.fit.fit import fit
 from galerne.optimize.quantize.cache import CacheScales, round_cache

@@ -1,0 +1,61 @@
+"""Reads a file of weights ahead, so that an engine maps it in large pages."""
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from galerne.errors import BackendError
+from galerne.runtime.machine_memory import machine_memory
+
+_HUGE_PAGE = 2 << 20  # of x86 and ARM where pages have 4 KiB
+_PIECE = 32 * _HUGE_PAGE  # what counts as this process's memory at one time
+_MADV_POPULATE_READ = 22  # since Linux 5.14; Python's mmap has no name for it
+
+
+def read_ahead(path: Path) -> None:
+    """Bring what the system's page cache lacks of a file into it, in huge pages where its file system has them.
+
+    An engine that maps a file which is not in the cache brings it in page by page as it touches it. That takes longer than
+    reading it in order, and the cache then holds it in single pages scattered over memory, which costs each pass over the
+    weights an eighth more, as long as the file stays in the cache (`docs/measurements.md`). Does nothing for a file that
+    does not fit into memory, or on a system other than Linux.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0 or size > machine_memory()[1]:
+                return
+            mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    except (OSError, BackendError):  # whoever opens the file to read it says what is wrong
+        return
+    with mapped:
+        try:
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+            for start in absent_pieces(mapped):
+                piece = start, min(_PIECE, size - start)
+                mapped.madvise(_MADV_POPULATE_READ, *piece)
+                mapped.madvise(mmap.MADV_DONTNEED, *piece)
+        except OSError:  # an older kernel: the engine reads the file as it comes
+            return
+
+
+def absent_pieces(mapped: mmap.mmap) -> list[int]:
+    """Return where the pieces of a mapped file begin that the page cache lacks a part of, by the first page of each huge one."""
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    view = np.frombuffer(mapped, np.uint8)
+    address, page = view.ctypes.data, ctypes.c_ubyte()
+    absent = []
+    for start in range(0, view.size, _PIECE):
+        for offset in range(start, min(start + _PIECE, view.size), _HUGE_PAGE):
+            if mincore(ctypes.c_void_p(address + offset), ctypes.c_size_t(1), ctypes.byref(page)) != 0:
+                raise OSError(ctypes.get_errno(), "mincore")
+            if not page.value & 1:
+                absent.append(start)
+                break
+    del view  # or the map cannot be closed
+    return absent
