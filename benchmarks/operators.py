@@ -12,8 +12,8 @@ import onnx
 
 from benchmarks.models import make_engine
 from benchmarks.published import markdown
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.bundle import ENGINES
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 
 _HEAD = "/lm_head/"
 # What else a layer runs is the same whatever the recipe.

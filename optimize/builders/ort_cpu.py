@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from galerne.errors import BackendError, one_line
 from galerne.optimize.lower.group_heads import group_heads
+from galerne.optimize.lower.projection_blocks import projection_blocks
 from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.widen import widen
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
@@ -36,6 +37,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         widen(model)
         group_heads(model, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
         single_token(model)
+        projection_blocks(model, facts.vocab_size)
         ir.save(model, lowered)
         del model
         # Two sessions, so that memory never holds the weights twice: one rewrites the graph, and the next maps what that one
@@ -55,7 +57,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         profiles=(),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        options={"lowerings": ["widen", "group_heads", "single_token"]},
+        options={"lowerings": ["widen", "group_heads", "single_token", "projection_blocks"]},
         stack=stack.name,
     )
 

@@ -1,5 +1,7 @@
 """ONNX Runtime: the graph's session, and its CPU provider with weights mapped and the ring bound as both past and present."""
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,32 @@ class RingLayout:
         return batch, *(capacity if isinstance(size, str) else size for size in self.axes[1:])
 
 
+class _Ring:
+    """A ring's memory, and the same as ONNX Runtime has it. They are made together, so that no interrupt parts them."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array, self.value = array, ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return zeros in memory of their own, which goes back to the system with them, and comes from it as it is written to.
+
+    Zeros and not any contents: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+        return np.zeros(shape, dtype)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)
+
+
+def _resized(old: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Return an array of another size with the same contents as far as both reach."""
+    new = _zeros(shape, old.dtype)
+    shared = tuple(slice(min(sizes)) for sizes in zip(old.shape, shape, strict=True))
+    new[shared] = old[shared]
+    return new
+
+
 class OrtCache:
     """Rings in this process's memory.
 
@@ -79,34 +107,37 @@ class OrtCache:
         self.batch, self.capacities, self._layout = batch, tuple(capacities), layout
         # Where every run of K = 1 leaves its logits, so that whoever holds this array sees each step's.
         self.last_logits = np.zeros((batch, 1, vocab_size), np.float32)
-        # Zeros and not empty memory: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
-        self._arrays: list[npt.NDArray[Any]] = [
-            np.zeros(ring.shape(batch, capacities[ring.kind]), dtype) for ring in layout
-        ]
-        self._wrap()
-
-    def _wrap(self) -> None:
-        self.values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
+        self._rings = [_Ring(_zeros(ring.shape(batch, capacities[ring.kind]), dtype)) for ring in layout]
         self.bindings: dict[tuple[int, int], _Binding] = {}
 
+    @property
+    def values(self) -> list[Any]:
+        """The rings as ONNX Runtime has them, keys and values by turns."""
+        return [ring.value for ring in self._rings]
+
     def resize(self, capacities: Sequence[int]) -> None:
-        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
-        grown = []
-        for ring, old in zip(self._layout, self._arrays, strict=True):
-            new = old
-            if (shape := ring.shape(self.batch, capacities[ring.kind])) != old.shape:
-                new = np.zeros(shape, old.dtype)
-                new[tuple(map(slice, old.shape))] = old
-            grown.append(new)
-        # Nothing that Ctrl-C could interrupt stands between these two: they always fit each other.
-        self._arrays, self.capacities = grown, tuple(capacities)
-        self._wrap()
-        del old, new
+        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty.
+
+        One after the other, so that no more than one ring is in memory twice.
+        """
+        self.bindings = {}  # they hold the old ones
+        try:
+            self._fit(capacities)
+            self.capacities = tuple(capacities)
+        except BaseException:  # no memory, or Ctrl-C: whatever comes, the rings have the size that `capacities` says
+            self._fit(self.capacities)
+            raise
         give_back()
+
+    def _fit(self, capacities: Sequence[int]) -> None:
+        for i, ring in enumerate(self._layout):
+            shape = ring.shape(self.batch, capacities[ring.kind])
+            if shape != self._rings[i].array.shape:
+                self._rings[i] = _Ring(_resized(self._rings[i].array, shape))
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return the rings, keys and values by turns: the memory itself, as long as the rings keep their size."""
-        return [np.moveaxis(array, ring.slot_axis, 2) for ring, array in zip(self._layout, self._arrays, strict=True)]
+        return [np.moveaxis(own.array, ring.slot_axis, 2) for ring, own in zip(self._layout, self._rings, strict=True)]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
@@ -119,7 +150,7 @@ class OrtCache:
 
     def close(self) -> None:
         """Let go of the memory, but for what an array of the caller's still shows."""
-        self._layout, self._arrays, self.values, self.bindings, self.adapter = [], [], [], {}, {}
+        self._layout, self._rings, self.bindings, self.adapter = [], [], {}, {}
 
 
 class _Binding:

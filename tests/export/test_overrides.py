@@ -18,11 +18,11 @@ from galerne.export.parity.rounding import rounded_like
 from galerne.export.parity.verify import verify
 from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.optimize.builders.build import build
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
 from galerne.optimize.fit.fit import fit
 from galerne.optimize.quantize.recipe import Override, Recipe, WeightFormat, load
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.engines.record import load_record
 from galerne.runtime.footprint import forms_of, stored_products, stored_weight_bytes, weight_names
 from galerne.runtime.manifest import Dialect

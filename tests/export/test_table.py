@@ -17,10 +17,10 @@ from galerne.export.export import export
 from galerne.export.parity.verify import verify
 from galerne.export.quality.bundle_weights import BundleWeights
 from galerne.optimize.builders.build import build
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
 from galerne.optimize.quantize.recipe import WeightFormat, load
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.footprint import TABLE, forms_of, stored_weight_bytes
 from galerne.targets import target as targets
 from tests.conftest import save_mistral

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from galerne.runtime.bundle import Bundle
+from galerne.runtime.engines import ort
 from galerne.runtime.model import Model
 
 Bundles = Callable[[str], Bundle]
@@ -80,6 +81,31 @@ def test_memory_of_sessions_goes_with_them(bundle_of: Bundles) -> None:
         session.fork().append([1, 2])
         model.session().append([1])
     assert rss() - before < 2e6
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_rings_that_could_not_grow_are_as_before(
+    bundle_of: Bundles, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    session = Model.open(bundle_of("fp32").path).session()
+    session.append(list(range(10)))
+    twin, rings = session.fork(), [ring.copy() for ring in session.cache]
+    made, resized = [], ort._resized
+
+    def fails_at_the_third(old: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        made.append(shape)
+        if len(made) == 3:
+            raise failure
+        return resized(old, shape)
+
+    monkeypatch.setattr(ort, "_resized", fails_at_the_third)
+    with pytest.raises(failure):
+        session._rows.cache.resize([rings[0].shape[2] + 8])
+    assert len(made) == 5  # two had grown, and went back
+    assert all(np.array_equal(ring, before) for ring, before in zip(session.cache, rings, strict=True))
+    for each in (session, twin):
+        each.append([7])
+    assert np.array_equal(session.logits, twin.logits)
 
 
 @pytest.mark.slow

@@ -25,13 +25,13 @@ from galerne.export.parity.unrounded import cache_rounding
 from galerne.export.parity.verify import verify
 from galerne.export.prequantized import choose_recipe
 from galerne.optimize.builders.build import build
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.check import check
 from galerne.optimize.fit.fit import fit
 from galerne.optimize.quantize.cache import CacheScales, round_cache
 from galerne.optimize.quantize.recipe import read_resolved
 from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines import select
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.engines.ort_device import DeviceEngine
 from galerne.runtime.model import Model

@@ -25,10 +25,10 @@ from galerne.export.parity.unrounded import graph_rounding
 from galerne.export.parity.verify import verify
 from galerne.export.prequantized import choose_recipe
 from galerne.optimize.builders.build import build
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.optimize.quantize.qdq import RoundedInput, round_inputs
 from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines import ort as ort_engine
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.model import Model
 from galerne.targets import target

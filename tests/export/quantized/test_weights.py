@@ -17,8 +17,8 @@ from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.parity.composed import composed_weights
 from galerne.export.parity.verify import verify
 from galerne.optimize.builders.build import build
-from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.bundle import GRAPH, Bundle
+from galerne.runtime.engines.cpu import ENGINE_GRAPH
 from galerne.runtime.footprint import forms_of, stored_weight_bytes
 from galerne.targets import target
 

@@ -12,6 +12,7 @@ import pytest
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.optimize.lower.group_heads import group_heads
+from galerne.optimize.lower.projection_blocks import projection_blocks
 from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.widen import widen
 from galerne.optimize.quantize import recipe
@@ -96,3 +97,26 @@ def test_single_token_leaves_attention_without_a_ring_alone(bundle_of: Bundles) 
     before = [node.op_type for node in model.graph]
     single_token(model)
     assert [node.op_type for node in model.graph] == before
+
+
+def projection(model: ir.Model) -> ir.Node:
+    (node,) = (node for node in model.graph if node.name == "/lm_head/DequantizeLinear")
+    return node
+
+
+def test_the_projection_of_an_int4_model_takes_the_blocks_of_its_layers(bundle_of: Bundles, tmp_path: Path) -> None:
+    bundle = bundle_of("int4-rtn")
+    blocks = lowered(bundle, tmp_path, lambda model: projection_blocks(model, bundle.manifest.model.vocab_size))
+    model = ir.load(tmp_path / GRAPH)
+    layer = next(node for node in model.graph if (node.name or "").endswith("qkv_proj/DequantizeLinear"))
+    for attribute in ("axis", "block_size"):
+        assert projection(model).attributes[attribute].value == layer.attributes[attribute].value
+    # The weights are the same.
+    plain = logits(Model.open(bundle.path, exact=True))
+    assert np.abs(logits(blocks) - plain).max() < 1e-3 * plain.std()
+
+
+def test_the_projection_of_an_int8_model_stays_as_it_is(bundle_of: Bundles) -> None:
+    model = ir.load(bundle_of("int8").file(GRAPH))
+    projection_blocks(model, bundle_of("int8").manifest.model.vocab_size)
+    assert "block_size" not in projection(model).attributes
