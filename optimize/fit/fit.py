@@ -24,7 +24,7 @@ class Fit:
         engine is built elsewhere.
     missing_types: types that the recipe needs and the stack does not take.
     memory_bytes: what is there while the model runs, by part. transient_bytes: the most that is there at once while it is
-        `loading`, `growing` its rings or `building` its engine on the target, where that is more; all parts included.
+        `loading` or `building` its engine on the target, where that is more; all parts included.
     total_bytes: of memory_bytes. peak_bytes: the most of all but building.
     limit_bytes: what it may take: the target's usable memory, or the budget where that is less. usable_bytes: without a budget.
     decode_bound_tokens_per_s: of all rows together, at the context's end. prefill_bound_tokens_per_s: of all rows together.

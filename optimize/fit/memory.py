@@ -4,6 +4,7 @@ On a CPU the figures follow ONNX Runtime 1.32 and are held against the resident 
 are counted from the shapes alone: no engine of TensorRT has been measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from galerne.optimize.fit.workload import Workload
@@ -19,7 +20,8 @@ from galerne.runtime.footprint import (
 from galerne.targets.target import Stack, Target
 
 # ONNX Runtime keeps a quantized weight packed, with a float32 scale and a float32 sum of the weights for each block, and
-# the scales as they were. An int8 weight has blocks of 32 there, whatever it had in the bundle.
+# the scales as they were. An int8 weight has blocks of 32 there, whatever it had in the bundle, but for the projection of an
+# int4 model in the `cpu` engine (`optimize.lower.projection_blocks`).
 _PACKED_BLOCK_BYTES, _BLOCK_BYTES = 8, 12
 _INT8_BLOCK = 32
 _FLOAT32_BYTES = 4
@@ -45,7 +47,7 @@ class Memory:
     """Bytes by part.
 
     parts: what is there while the model runs: weights, cache, activations, workspace, runtime.
-    transient: the most that is there at once, all parts included, while it is loading, growing the rings, or building.
+    transient: the most that is there at once, all parts included, while it is loading or building.
     """
 
     parts: dict[str, int]
@@ -76,25 +78,26 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     model, forms = work.model, work.forms
     compute = _FLOAT32_BYTES if widened else forms.compute_bytes
     stored = stored_products(model, forms)
-    products = sum(map(_packed_bytes, stored))
-    largest = max(_packed_bytes(product) + _raw_bytes(product) for product in stored)
+    packed = list(map(_packed_bytes, stored))
+    if widened:
+        packed[-1] = _projection_bytes(stored)
+    products = sum(packed)
+    largest = max(size + _raw_bytes(product) for size, product in zip(packed, stored, strict=True))
     table = table_bytes(model, forms)
     process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
-    slots, before = work.grown_slots()
     slot = slot_bytes(model, compute if forms.cache is None else forms.cache_bytes) * work.batch
     # A graph of float16 has each activation in several types, as it is and widened for a product.
     widest = work.tokens * 2 * model.intermediate_size * _FLOAT32_BYTES * (1 if compute == _FLOAT32_BYTES else 2)
     scores = work.tokens * model.num_attention_heads * work.longest_ring(grown=True) * compute
     parts = {
         "weights": int(products + table),
-        "cache": slots * slot,
+        "cache": work.grown_slots() * slot,
         "activations": _WIDEST_COPIES * widest + _SCORE_COPIES * scores + _logits_bytes(work),
         "workspace": 0 if forms.cache is None else _unrounded_ring(work),
         "runtime": process,
     }
     transient = {
         "loading": int(process + products + largest),
-        "growing": sum(parts.values()) + before * slot,
         "building": int(process + _CPU_BUILDER_BYTES + products + largest),
     }
     return Memory(parts, transient)
@@ -110,9 +113,19 @@ def _packed_bytes(product: StoredProduct) -> float:
     form, rows, columns = product
     if form.is_float:
         return rows * columns * _FLOAT32_BYTES
-    bits = form.bytes_per_weight()
-    block = _INT8_BLOCK if bits == 1 else form.block_for(rows)
-    return rows * columns * (bits + _BLOCK_BYTES / block)
+    size = form.bytes_per_weight()
+    block = _INT8_BLOCK if size == 1 else form.block_for(rows)
+    return rows * columns * (size + _BLOCK_BYTES / block)
+
+
+def _projection_bytes(products: Sequence[StoredProduct]) -> float:
+    """Return what the `cpu` engine keeps of the vocabulary projection, the last of the products."""
+    form, rows, columns = products[-1]
+    alike = [other.form for other in products[:-1] if other.rows == rows]
+    blocks = [other.block_for(rows) for other in alike if not other.is_float and other.bytes_per_weight() < 1]
+    if form.is_float or form.bytes_per_weight() < 1 or 2 * len(blocks) <= len(alike):
+        return _packed_bytes(products[-1])
+    return rows * columns * (1 + _BLOCK_BYTES / max(blocks))
 
 
 def _raw_bytes(product: StoredProduct) -> float:

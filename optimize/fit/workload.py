@@ -32,16 +32,13 @@ class Workload:
         """Return the slots of one row in all layers' rings at their full size."""
         return self._slots(self._graph().capacities)
 
-    def grown_slots(self) -> tuple[int, int]:
-        """Return the slots of one row in all layers' rings as the runtime grows them, and those before they last grew."""
+    def grown_slots(self) -> int:
+        """Return the slots of one row in all layers' rings as the runtime grows them."""
         ring = Ring(self._graph(), 1)
-        sizes = [ring.capacities]
         while (left := self.context - int(ring.positions[0])) > 0:
             ring.capacities = ring.wanted_capacities(min(left, self.chunk))
-            if ring.capacities != sizes[-1]:
-                sizes.append(ring.capacities)
             ring.positions = ring.positions + ring.next_run(left)
-        return self._slots(sizes[-1]), self._slots(sizes[-2]) if len(sizes) > 1 else 0
+        return self._slots(ring.capacities)
 
     def longest_ring(self, grown: bool) -> int:
         """Return the slots of the longest ring of one layer, as grown by the runtime or at its full size."""

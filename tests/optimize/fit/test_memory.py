@@ -123,7 +123,7 @@ def test_grown_rings_without_a_window_are_those_of_the_runtime(
         rows = model.rows()
         rows.feed([[1] * context])
         asked = Workload(manifest.model, forms_of(manifest.recipe), context, 1, 256, 8192)
-        assert asked.grown_slots()[0] == sum(array.shape[2] for array in rows.cache.arrays()) // 2
+        assert asked.grown_slots() == sum(array.shape[2] for array in rows.cache.arrays()) // 2
 
 
 def test_a_primitive_graph_holds_its_scores_and_its_rings_twice(mistral: ModelFacts) -> None:
