@@ -12,6 +12,7 @@ from pathlib import Path
 from galerne.files import staged_folder
 
 PRESET = "benchmark-1b"
+_BLOCKS_OF_256 = Path(__file__).with_name("int4-256.toml")
 
 
 def make_checkpoint(_: Path, out: Path) -> None:
@@ -43,6 +44,11 @@ def make_bundle(checkpoint: Path, out: Path, recipe: str = "int4-rtn") -> None:
     from galerne.optimize.quantize import recipe as recipes
 
     export(open_checkpoint(checkpoint), recipes.load(recipe), out)
+
+
+def make_bundle_of_256(checkpoint: Path, out: Path) -> None:
+    """Export a bundle with Galerne at int4 in blocks of 256."""
+    make_bundle(checkpoint, out, str(_BLOCKS_OF_256))
 
 
 def make_fp16_bundle(checkpoint: Path, out: Path) -> None:
@@ -121,6 +127,7 @@ FORMATS: dict[str, Callable[[Path, Path], None]] = {
     "checkpoint": make_checkpoint,
     "fp8-checkpoint": make_fp8_checkpoint,
     "bundle": make_bundle,
+    "bundle-256": make_bundle_of_256,
     "fp16-bundle": make_fp16_bundle,
     "engine": make_engine,
     "gguf": make_gguf,

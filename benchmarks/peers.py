@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import child
-from benchmarks.prepare import GALERNE, Tool, prepare
+from benchmarks.prepare import Tool, prepare
 from galerne.errors import GalerneError
 from galerne.progress import say
 
@@ -51,16 +51,20 @@ def run_rounds(tools: Sequence[Tool], rounds: int, patience_s: float, **request:
     return results
 
 
-def summarize(rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
+def summarize(rounds: Sequence[dict[str, Run]], tools: Sequence[Tool]) -> dict[str, Any]:
     """Return the medians, least and most of each tool, and the ratios of Galerne to each peer within the rounds."""
-    names = list(rounds[0])
-    tools = {name: {key: _spread([runs[name][key] for runs in rounds]) for key, *_ in METRICS} for name in names}
     ratios = {
-        name: {key: _spread([runs[GALERNE][key] / runs[name][key] for runs in rounds]) for key, *_ in METRICS}
-        for name in names
-        if name != GALERNE
+        f"{own.name} / {peer.name}": {
+            key: _spread([runs[own.name][key] / runs[peer.name][key] for runs in rounds]) for key, *_ in METRICS
+        }
+        for peer in tools
+        for own in tools
+        if own.own and not peer.own
     }
-    return {"tools": tools, "ratios": ratios}
+    medians = {
+        tool.name: {key: _spread([runs[tool.name][key] for runs in rounds]) for key, *_ in METRICS} for tool in tools
+    }
+    return {"tools": medians, "ratios": ratios}
 
 
 def table(summary: dict[str, Any], tools: Sequence[Tool]) -> str:
@@ -77,7 +81,7 @@ def table(summary: dict[str, Any], tools: Sequence[Tool]) -> str:
     lines += ["", "| ratio within a round | " + " | ".join(wanted) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for name, ratios in summary["ratios"].items():
         cells = [_cell(ratios[key], "{:.2f}") for key, *_ in METRICS]
-        lines.append(f"| Galerne / {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -112,14 +116,14 @@ def main() -> int:
             parser.error(f"--{option}: expected at least 1, found {getattr(args, option)}")
     try:
         tools = prepare(args.work.resolve(), args.peers_python.absolute())
-        tools = [tool for tool in tools if not args.only or tool.name in (GALERNE, *args.only)]
+        tools = [tool for tool in tools if not args.only or tool.own or tool.name in args.only]
         rounds = run_rounds(
             tools, args.rounds, args.patience, prompt=args.prompt, decode=args.decode, threads=args.threads
         )
     except GalerneError as exc:
         say(f"error: {exc}")
         return exc.exit_code
-    summary = summarize(rounds)
+    summary = summarize(rounds, tools)
     if args.json:
         versions = {tool.name: tool.version for tool in tools}
         print(json.dumps({"versions": versions, "threads": args.threads, **summary, "rounds": rounds}))

@@ -17,7 +17,10 @@ _PACKAGES = {LLAMA_CPP: "llama-cpp-python", GENAI: "onnxruntime-genai", OPTIMUM:
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool that can run: its name and version, the Python that has it, its module here, its model, more options."""
+    """One tool that can run: its name and version, the Python that has it, its module here, its model, more options.
+
+    own: whether it is Galerne, with one model or another.
+    """
 
     name: str
     version: str
@@ -25,10 +28,11 @@ class Tool:
     module: str
     model: Path
     options: tuple[str, ...] = ()
+    own: bool = False
 
 
 def prepare(work: Path, peers_python: Path) -> list[Tool]:
-    """Make what is missing and return the tools, Galerne first; a peer that is not installed is left out with a line.
+    """Make what is missing and return the tools, Galerne's first; a peer that is not installed is left out with a line.
 
     Args:
         work: the benchmark's folder, some 10 GB; made if it is not there.
@@ -36,10 +40,16 @@ def prepare(work: Path, peers_python: Path) -> list[Tool]:
     """
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = make(work, "checkpoint", "checkpoint")
-    bundle = make(work, "bundle", "int4-rtn")
-    make(work, "engine", "int4-rtn", again=True)
-    own = Path(sys.executable)
-    tools = [Tool(GALERNE, _version(own, "galerne") or "", own, "benchmarks.peer_galerne", bundle)]
+    python = Path(sys.executable)
+    tools = []
+    for name, kind, folder in (
+        (GALERNE, "bundle", "int4-rtn"),
+        (f"{GALERNE}, blocks of 256", "bundle-256", "int4-256"),
+    ):
+        bundle = make(work, kind, folder)
+        make(work, "engine", folder, again=True)
+        version = _version(python, "galerne") or ""
+        tools.append(Tool(name, version, python, "benchmarks.peer_galerne", bundle, own=True))
     if (version := peer_version(peers_python, LLAMA_CPP)) is not None:
         model = make(work, "gguf", "q4_0.gguf")
         llama_cpp = Tool(LLAMA_CPP, version, peers_python, "benchmarks.peer_llama_cpp", model)

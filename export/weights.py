@@ -38,7 +38,7 @@ _TILE = 128 << 10
 # Rows of a tile that is turned: they become columns, so that at least a cache line is written at once.
 _TILE_ROWS = 64
 # Bands begin at a multiple of this along the input axis, which every int4 block divides.
-_GRAIN = 128
+_GRAIN = 256
 
 Array = NDArray[Any]
 # Gives the scales of a tile [out, in] for some bits and a block.

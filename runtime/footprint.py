@@ -13,7 +13,7 @@ _QUANTIZED = {"int8": 1.0, "uint8": 1.0, "int4": 0.5, "uint4": 0.5, "float8e4m3f
 _SCALE_BYTES = 2
 _ROUNDED_CACHE = {"int8": 1}
 # A block that does not divide the input axis gives way to the next smaller one.
-_BLOCK_SIZES = (128, 64, 32)
+BLOCK_SIZES = (256, 128, 64, 32)
 _NORM_BYTES = 4
 _ROUTER = ".gate.weight"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -66,7 +66,7 @@ class Form(NamedTuple):
         """Return how many weights along an input axis of `rows` share a scale."""
         if self.block_size is None:
             return rows
-        return next((size for size in _BLOCK_SIZES if size <= self.block_size and rows % size == 0), self.block_size)
+        return next((size for size in BLOCK_SIZES if size <= self.block_size and rows % size == 0), self.block_size)
 
     def stored_bytes(self, rows: int, columns: int) -> float:
         """Return the bytes of a weight [rows, columns] in the bundle, its scales and zero points included."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from galerne import schema
 from galerne.errors import InputError
-from galerne.runtime.footprint import HEAD, choose_form
+from galerne.runtime.footprint import BLOCK_SIZES, HEAD, choose_form
 from galerne.runtime.manifest import CacheType, FloatType
 
 if sys.version_info >= (3, 11):
@@ -21,8 +21,6 @@ else:
 _FOLDER = importlib.resources.files("galerne.optimize.recipes")
 # What `--precision` stands for: the plain recipe of each type.
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8", "int4": "int4-rtn"}
-# A block that does not divide the input axis gives way to the next smaller one.
-_BLOCK_SIZES = (128, 64, 32)
 
 # nearest: the smallest scale that clips nothing. search: the scale with the least error of the weights, no text needed.
 Method = Literal["nearest", "search", "gptq", "awq"]
@@ -54,7 +52,7 @@ class WeightFormat(StoredFormat):
     """
 
     dtype: Literal["float32", "float16", "bfloat16", "int8", "int4", "float8e4m3fn"]
-    block_size: Literal[128, 64, 32] | None = None
+    block_size: Literal[256, 128, 64, 32] | None = None
 
     def block_for(self, in_features: int, name: str) -> int:
         """Return how many weights along the input axis share a scale.
@@ -63,12 +61,12 @@ class WeightFormat(StoredFormat):
         """
         if self.block_size is None:
             return in_features
-        for size in _BLOCK_SIZES:
+        for size in BLOCK_SIZES:
             if size <= self.block_size and in_features % size == 0:
                 return size
         raise InputError(
             f"{name}: its input axis of {in_features} is divided by none of the int4 blocks "
-            f"{', '.join(map(str, _BLOCK_SIZES))}; give it int8, as the recipe int8 or an override does"
+            f"{', '.join(map(str, BLOCK_SIZES))}; give it int8, as the recipe int8 or an override does"
         )
 
 

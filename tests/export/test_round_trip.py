@@ -44,7 +44,7 @@ RECIPES = {
     path.stem: tomllib.loads(path.read_text()) for path in sorted((ROOT / "optimize" / "recipes").glob("*.toml"))
 }
 CONFIG: dict[str, Any] = {
-    "hidden_size": 128,
+    "hidden_size": 256,
     "intermediate_size": 160,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -136,7 +136,7 @@ def rounded(weight: Float32, form: dict[str, Any], method: str) -> Float32:
     low, high = LEVELS[form["dtype"]]
     block = weight.shape[1]
     if form["dtype"] == "int4":
-        block = next(size for size in (128, 64, 32) if size <= form["block_size"] and weight.shape[1] % size == 0)
+        block = next(size for size in (256, 128, 64, 32) if size <= form["block_size"] and weight.shape[1] % size == 0)
     blocks = weight.reshape(-1, block)
     smallest = np.maximum(blocks.max(axis=1) / np.float32(high), blocks.min(axis=1) / np.float32(low)).astype(
         np.float16

@@ -155,19 +155,22 @@ def test_floats_have_no_method_and_no_rounded_activations_or_cache(tmp_path: Pat
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(
         InputError,
-        match="'int5': unknown; there are bf16, fp16, fp32, fp8, int4-awq, int4-gptq, int4-rtn, int4-search, int8, int8-kv8, "
-        "int8-w8a8",
+        match="'int5': unknown; there are bf16, fp16, fp32, fp8, int4-awq, int4-gptq, int4-gptq-256, int4-rtn, "
+        "int4-search, int8, int8-kv8, int8-w8a8",
     ):
         recipe.load("int5")
     with pytest.raises(InputError, match="no such recipe file"):
         recipe.load("no/such.toml")
 
 
-@pytest.mark.parametrize(("size", "block"), [(4096, 128), (576, 64), (96, 32)])
+@pytest.mark.parametrize(("size", "block"), [(4096, 256), (640, 128), (576, 64), (96, 32)])
 def test_block_gives_way_where_it_does_not_divide(size: int, block: int) -> None:
-    assert WeightFormat("int4", 128).block_for(size, "w") == block
+    assert WeightFormat("int4", 256).block_for(size, "w") == block
+    assert WeightFormat("int4", 128).block_for(size, "w") == min(block, 128)
 
 
 def test_no_block_divides() -> None:
-    with pytest.raises(InputError, match="w: its input axis of 100 is divided by none of the int4 blocks 128, 64, 32"):
+    with pytest.raises(
+        InputError, match="w: its input axis of 100 is divided by none of the int4 blocks 256, 128, 64, 32"
+    ):
         WeightFormat("int4", 128).block_for(100, "w")
