@@ -41,6 +41,7 @@ def prepare(work: Path, peers_python: Path) -> list[Tool]:
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = make(work, "checkpoint", "checkpoint")
     python = Path(sys.executable)
+    here = _version(python, "galerne") or ""
     tools = []
     for name, kind, folder in (
         (GALERNE, "bundle", "int4-rtn"),
@@ -48,8 +49,7 @@ def prepare(work: Path, peers_python: Path) -> list[Tool]:
     ):
         bundle = make(work, kind, folder)
         make(work, "engine", folder, again=True)
-        version = _version(python, "galerne") or ""
-        tools.append(Tool(name, version, python, "benchmarks.peer_galerne", bundle, own=True))
+        tools.append(Tool(name, here, python, "benchmarks.peer_galerne", bundle, own=True))
     if (version := peer_version(peers_python, LLAMA_CPP)) is not None:
         model = make(work, "gguf", "q4_0.gguf")
         llama_cpp = Tool(LLAMA_CPP, version, peers_python, "benchmarks.peer_llama_cpp", model)
