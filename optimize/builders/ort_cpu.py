@@ -11,6 +11,7 @@ from galerne.errors import BackendError, one_line
 from galerne.optimize.lower.group_heads import group_heads
 from galerne.optimize.lower.projection_blocks import projection_blocks
 from galerne.optimize.lower.single_token import single_token
+from galerne.optimize.lower.split_projection import split_projection
 from galerne.optimize.lower.widen import widen
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.cpu import ENGINE_GRAPH, ENGINE_WEIGHTS
@@ -38,6 +39,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         group_heads(model, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim)
         single_token(model)
         projection_blocks(model, facts.vocab_size)
+        split_projection(model, facts.vocab_size)
         ir.save(model, lowered)
         del model
         # Two sessions, so that memory never holds the weights twice: one rewrites the graph, and the next maps what that one
@@ -57,7 +59,7 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         profiles=(),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        options={"lowerings": ["widen", "group_heads", "single_token", "projection_blocks"]},
+        options={"lowerings": ["widen", "group_heads", "single_token", "projection_blocks", "split_projection"]},
         stack=stack.name,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from galerne.optimize.fit.workload import Workload
+from galerne.optimize.lower.split_projection import parts_of
 from galerne.runtime.engines.tensorrt.package import numbers
 from galerne.runtime.footprint import (
     StoredProduct,
@@ -82,7 +83,10 @@ def on_cpu(work: Workload, *, widened: bool = True) -> Memory:
     if widened:
         packed[-1] = _projection_bytes(stored)
     products = sum(packed)
-    largest = max(size + _raw_bytes(product) for size, product in zip(packed, stored, strict=True))
+    loads = [size + _raw_bytes(product) for size, product in zip(packed, stored, strict=True)]
+    if widened:
+        loads[-1] /= _projection_parts(stored[-1])
+    largest = max(loads)
     table = table_bytes(model, forms)
     process = _PROCESS_BYTES + model.num_hidden_layers * _PROCESS_LAYER_BYTES
     slot = slot_bytes(model, compute if forms.cache is None else forms.cache_bytes) * work.batch
@@ -126,6 +130,12 @@ def _projection_bytes(products: Sequence[StoredProduct]) -> float:
     if form.is_float or form.bytes_per_weight() < 1 or 2 * len(blocks) <= len(alike):
         return _packed_bytes(products[-1])
     return rows * columns * (1 + _BLOCK_BYTES / max(blocks))
+
+
+def _projection_parts(projection: StoredProduct) -> int:
+    """Return in how many products the `cpu` engine computes the vocabulary projection."""
+    form, rows, columns = projection
+    return parts_of(rows, columns) if form.dtype == "int8" else 1
 
 
 def _raw_bytes(product: StoredProduct) -> float:

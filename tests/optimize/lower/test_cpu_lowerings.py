@@ -11,9 +11,11 @@ import pytest
 
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
+from galerne.optimize.lower import split_projection as split_module
 from galerne.optimize.lower.group_heads import group_heads
 from galerne.optimize.lower.projection_blocks import projection_blocks
 from galerne.optimize.lower.single_token import single_token
+from galerne.optimize.lower.split_projection import split_projection
 from galerne.optimize.lower.widen import widen
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
@@ -120,3 +122,38 @@ def test_the_projection_of_an_int8_model_stays_as_it_is(bundle_of: Bundles) -> N
     model = ir.load(bundle_of("int8").file(GRAPH))
     projection_blocks(model, bundle_of("int8").manifest.model.vocab_size)
     assert "block_size" not in projection(model).attributes
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-rtn"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_projection_in_parts_gives_the_same_bits(
+    bundle_of: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parts: int
+) -> None:
+    """With the blocks of the layers and without, and in parts of which the last is smaller."""
+    vocab_size = bundle_of(name).manifest.model.vocab_size
+
+    def in_blocks(model: ir.Model) -> None:
+        widen(model)
+        projection_blocks(model, vocab_size)
+
+    (whole, split) = (tmp_path / "whole", tmp_path / "split")
+    for folder in (whole, split):
+        folder.mkdir()
+    expected = logits(lowered(bundle_of(name), whole, in_blocks))
+    monkeypatch.setattr(split_module, "_PART_BYTES", -(-128 * vocab_size // parts))
+    model = lowered(bundle_of(name), split, in_blocks, lambda model: split_projection(model, vocab_size))
+    assert np.array_equal(logits(model), expected)
+    graph = ir.load(split / GRAPH).graph
+    assert Counter(node.op_type for node in graph if "split_projection" in (node.name or "")) == {
+        "Split": 2,
+        "DequantizeLinear": parts,
+        "MatMul": parts,
+        "Concat": 1,
+    }
+
+
+def test_a_small_projection_stays_whole(bundle_of: Bundles) -> None:
+    model = ir.load(bundle_of("int8").file(GRAPH))
+    before = [node.op_type for node in model.graph]
+    split_projection(model, bundle_of("int8").manifest.model.vocab_size)
+    assert [node.op_type for node in model.graph] == before
