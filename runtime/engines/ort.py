@@ -72,11 +72,19 @@ def _zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Return zeros in memory of their own, which goes back to the system with them, and comes from it as it is written to.
 
     Zeros and not any contents: a masked slot's value still meets a weight of zero, and zero times NaN is NaN.
+
+    Raises: BackendError if there is not enough memory.
     """
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         return np.zeros(shape, dtype)
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as exc:
+        raise BackendError(
+            f"no memory for keys and values: {size} bytes for a ring of {'x'.join(map(str, shape))} ({exc.strerror})"
+        ) from exc
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _resized(old: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -1,6 +1,7 @@
 """Memory over time: models opened and closed, long sessions, and arrays that outlive what they came from."""
 
 import gc
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from galerne.errors import BackendError
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines import ort
 from galerne.runtime.model import Model
@@ -106,6 +108,20 @@ def test_rings_that_could_not_grow_are_as_before(
     for each in (session, twin):
         each.append([7])
     assert np.array_equal(session.logits, twin.logits)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a system other than Windows")
+def test_rings_that_no_memory_holds_are_one_line(bundle_of: Bundles) -> None:
+    session = Model.open(bundle_of("fp32").path).session()
+    session.append([1, 2, 3])
+    before = session.logits.copy()
+    with pytest.raises(
+        BackendError, match=r"no memory for keys and values: \d+ bytes for a ring of 1x2x1099511627776x32"
+    ):
+        session._rows.cache.resize([1 << 40])
+    session.rewind(1)
+    session.append([3])
+    assert np.allclose(session.logits, before, atol=1e-4)
 
 
 @pytest.mark.slow
