@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +36,32 @@ def read_ahead(path: Path) -> None:
         return
     with mapped:
         try:
-            for start in absent_pieces(mapped):
-                _populate(mapped, start, min(_PIECE, size - start))
+            library = ctypes.CDLL(None, use_errno=True)
+            for start in absent_pieces(library, mapped):
+                _populate(library, mapped, start, min(_PIECE, size - start))
         except OSError:  # an older kernel: the engine reads the file as it comes
             return
 
 
-def absent_pieces(mapped: mmap.mmap) -> list[int]:
+def absent_pieces(library: ctypes.CDLL, mapped: mmap.mmap) -> list[int]:
     """Return where the pieces of a mapped file begin that the page cache lacks a part of, by the first page of each huge one."""
     page, absent = ctypes.c_ubyte(), []
     for start in range(0, len(mapped), _PIECE):
         for offset in range(start, min(start + _PIECE, len(mapped)), _HUGE_PAGE):
-            _call("mincore", mapped, offset, 1, ctypes.byref(page))
+            _call(library, "mincore", mapped, offset, 1, ctypes.byref(page))
             if not page.value & 1:
                 absent.append(start)
                 break
     return absent
 
 
-def _populate(mapped: mmap.mmap, start: int, size: int) -> None:
+def _populate(library: ctypes.CDLL, mapped: mmap.mmap, start: int, size: int) -> None:
     for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_READ, mmap.MADV_DONTNEED):
-        _call("madvise", mapped, start, size, ctypes.c_int(advice))
+        _call(library, "madvise", mapped, start, size, ctypes.c_int(advice))
 
 
-def _call(name: str, mapped: mmap.mmap, start: int, size: int, argument: Any) -> None:
+def _call(library: ctypes.CDLL, name: str, mapped: mmap.mmap, start: int, size: int, argument: Any) -> None:
     """Call the C library's function on a part of a map; unlike the map's own methods this leaves the GIL free while it reads."""
     view = np.frombuffer(mapped, np.uint8)  # gone with this call, or the map could not be closed
-    if _library()[name](ctypes.c_void_p(view.ctypes.data + start), ctypes.c_size_t(size), argument) != 0:
+    if library[name](ctypes.c_void_p(view.ctypes.data + start), ctypes.c_size_t(size), argument) != 0:
         raise OSError(ctypes.get_errno(), name)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)

@@ -52,7 +52,7 @@ def test_what_is_there_is_not_read_again(evicted: Path, monkeypatch: pytest.Monk
     with evicted.open("rb") as file:
         os.posix_fadvise(file.fileno(), 2 * huge, huge, os.POSIX_FADV_DONTNEED)
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert page_cache.absent_pieces(mapped) == [2 * huge]
+            assert page_cache.absent_pieces(ctypes.CDLL(None, use_errno=True), mapped) == [2 * huge]
     read_ahead(evicted)
     assert cached_pages(evicted) == PAGES
 
@@ -67,3 +67,9 @@ def test_what_cannot_be_read_ahead_is_left_to_the_engine(tmp_path: Path) -> None
     read_ahead(tmp_path / "missing")
     (tmp_path / "empty").write_bytes(b"")
     read_ahead(tmp_path / "empty")
+
+
+def test_a_kernel_that_cannot_is_left_alone(evicted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "_MADV_POPULATE_READ", 9999)
+    read_ahead(evicted)
+    assert cached_pages(evicted) == 0
