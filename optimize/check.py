@@ -74,7 +74,7 @@ def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
 def check_cache(bundle: Bundle, target: Target, stack: Stack) -> None:
     """Raises: InputError if the bundle's rings are rounded and the stack is TensorRT, which takes rings of floats only."""
     rounded = bundle.manifest.graph.rounded_cache
-    if rounded is not None and stack.backend != "onnxruntime":
+    if rounded is not None and stack.is_tensorrt:
         raise InputError(
             f"{bundle.path}: {stack.name} of {target.name}, as all TensorRT, takes no ring of {rounded}: {_UNROUNDED_CACHE}"
         )

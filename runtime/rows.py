@@ -38,7 +38,7 @@ class Rows:
         self._cancelled, self._closed = False, False
         inputs = None if adapter is None else adapter.inputs
         self.cache = model.engine.new_cache(len(ring.positions), ring.capacities, inputs)
-        self.ring.capacities = self.cache.capacities  # larger than asked for, where an engine's rings have one size
+        self.ring.capacities = self.cache.capacities  # larger than asked for, where an engine's rings have few sizes
 
     @property
     def lengths(self) -> list[int]:
@@ -170,4 +170,4 @@ class Rows:
         capacities = self.ring.wanted_capacities(tokens)
         if capacities != self.ring.capacities:
             self.cache.resize(capacities)
-            self.ring.capacities = capacities
+            self.ring.capacities = self.cache.capacities

@@ -9,7 +9,7 @@ from galerne.errors import InputError
 from galerne.targets import operator_table, tables
 
 Kind = Literal["cpu", "datacenter", "workstation", "jetson"]
-Backend = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+Backend = Literal["onnxruntime", "onnxruntime_cuda", "tensorrt_rtx", "tensorrt"]
 NumberType = Literal["float32", "float16", "bfloat16", "int8", "int4", "fp8", "fp4"]
 Dialect = Literal["opset24", "primitive"]
 
@@ -50,6 +50,11 @@ class Stack:
     operators: str | None = None
     cuda: str | None = None
     python: str | None = None
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether it is TensorRT or TensorRT-RTX."""
+        return self.backend in ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
     """Return one of the target's stacks, and why it.
 
     Without a name it is the first whose builder is installed here in the stack's version; where there is none, the first whose
-    builder is here in any, but for a box, which has the version that it has.
+    builder is here in any, but for a box, which has the version that it has. ONNX Runtime's builder is everywhere.
 
     Raises: InputError if there is none of that name.
     """
@@ -30,8 +30,10 @@ def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
         return target.stack(name), "as --stack says"
     other: tuple[Stack, str] | None = None
     for stack in target.stacks:
-        if stack.backend == "onnxruntime":
-            return stack, "it needs nothing else"
+        if not stack.is_tensorrt:
+            if other is None:
+                return stack, "it needs nothing else"
+            continue
         try:
             library = import_library(stack.backend)
         except BackendError:
@@ -81,7 +83,7 @@ def build(
     options = options or Options()
     check_cache(bundle, target, chosen)
     # Weights that stream need not fit.
-    if chosen.backend != "onnxruntime" and options.weights != "streamed" and not force:
+    if target.kind != "cpu" and options.weights != "streamed" and not force:
         check_fit(bundle, target, chosen, batch=options.batch[2])
     folder = f"{ENGINES}/{target.name}"
     bundle.file(ENGINES).mkdir(exist_ok=True)
@@ -114,9 +116,15 @@ def _build(
     bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Options, timings: Timings
 ) -> EngineRecord:
     """Build with the stack's backend: each brings a library that may be missing."""
-    if stack.backend == "onnxruntime":
+    if not stack.is_tensorrt:
         if options != Options():
-            raise InputError(f"--target {target.name}: takes no options of a GPU's engine; leave them out")
+            raise InputError(
+                f"--target {target.name}: stack {stack.name} takes none of TensorRT's options; leave them out"
+            )
+        if stack.backend == "onnxruntime_cuda":
+            from galerne.optimize.builders.ort_cuda import build_ort_cuda
+
+            return build_ort_cuda(bundle, target, stack, folder)
         from galerne.optimize.builders.ort_cpu import build_ort_cpu
 
         return build_ort_cpu(bundle, target, stack, folder)

@@ -102,4 +102,4 @@ def missing_types(recipe: AnyRecipe, stack: Stack) -> tuple[str, ...]:
     needed = dict.fromkeys((*(form.dtype for form in recipe.formats), recipe.compute))
     missing = tuple(name for name in needed if _STACK_TYPES.get(name, name) not in stack.types)
     # No TensorRT writes into a ring that is not of floats.
-    return missing if recipe.cache is None else (*missing, f"a cache in {recipe.cache}")
+    return missing if recipe.cache is None or not stack.is_tensorrt else (*missing, f"a cache in {recipe.cache}")

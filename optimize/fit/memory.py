@@ -152,8 +152,10 @@ def _on_gpu(work: Workload, target: Target, stack: Stack) -> Memory:
     activations = widest + 2 * tokens * model.hidden_size * _FLOAT32_BYTES + _logits_bytes(work)
     ring = work.longest_ring(grown=False)
     activations += tokens * ring  # the mask, a byte for each query and slot
-    if stack.dialect == "primitive":  # no attention kernel: scores and their softmax, both in float32
-        activations += _SCORE_COPIES * tokens * model.num_attention_heads * ring * _FLOAT32_BYTES
+    # No attention kernel: scores and their softmax, in float32 in the primitive dialect.
+    if stack.dialect == "primitive" or not stack.is_tensorrt:
+        score = compute if stack.dialect != "primitive" else _FLOAT32_BYTES
+        activations += _SCORE_COPIES * tokens * model.num_attention_heads * ring * score
     # For many tokens at once, kernels may unpack a quantized weight into the type that they multiply in.
     products = stored_products(model, forms)
     workspace = max(0 if form.is_float else rows * columns * compute for form, rows, columns in products)

@@ -7,14 +7,16 @@ Measured on two AVX-512 cores, one token, 32/4 heads of 64, 1280 slots: 0.32 ms 
 
 import onnx_ir as ir
 
+from galerne.optimize.lower.constant import constant
+
 
 def group_heads(model: ir.Model, heads: int, kv_heads: int, head_dim: int) -> None:
     """Rewrite every Attention node over [B, Hq, S, D] into one over [B, Hkv, G*S, D], in place. Nothing where G is 1."""
     graph, group = model.graph, heads // kv_heads
     if group == 1:
         return
-    grouped = _constant(graph, "/group_heads/grouped", [0, kv_heads, -1, head_dim])
-    ungrouped = _constant(graph, "/group_heads/ungrouped", [0, heads, -1, head_dim])
+    grouped = constant(graph, "/group_heads/grouped", [0, kv_heads, -1, head_dim])
+    ungrouped = constant(graph, "/group_heads/ungrouped", [0, heads, -1, head_dim])
     masks: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node.op_type == "Attention"]:
         query, mask, attended = node.inputs[0], node.inputs[3], node.outputs[0]
@@ -36,10 +38,3 @@ def group_heads(model: ir.Model, heads: int, kv_heads: int, head_dim: int) -> No
             user.replace_input_with(index, after.outputs[0])
         node.replace_input_with(0, before.outputs[0])
         node.replace_input_with(3, masks[mask])
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64))
-    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    graph.register_initializer(value)
-    return value

@@ -14,6 +14,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from galerne.optimize.lower.constant import constant
+
 _FUSED = "com.microsoft"  # ONNX Runtime's own domain: FusedMatMul transposes and scales within the product
 _SWAPPED = [0, 1, 3, 2]
 # What a hidden slot adds to its score: far below any, and finite, so that no difference of two becomes NaN.
@@ -104,7 +106,7 @@ def _transpose_ring(graph: ir.Graph, attention: ir.Node) -> None:
 def _is_one_token(graph: ir.Graph, first: ir.Node) -> ir.Value:
     ids = next(value for value in graph.inputs if value.name == "input_ids")
     size = ir.node("Shape", [ids], {"start": 1, "end": 2}, name="/single_token/Shape")
-    one = _constant(graph, "/single_token/one", np.array([1], np.int64))
+    one = constant(graph, "/single_token/one", [1])
     equal = ir.node("Equal", [size.outputs[0], one], name="/single_token/Equal")
     alone = ir.node("Squeeze", [equal.outputs[0]], name="/single_token/Squeeze")
     for node in (size, equal, alone):
@@ -116,11 +118,9 @@ def _is_one_token(graph: ir.Graph, first: ir.Node) -> ir.Value:
 def _additive(graph: ir.Graph, before: ir.Node, mask: ir.Value, number: int) -> ir.Value:
     """Return the mask's last row as a term of the scores, [B, 1, 1, C] float32: with one token it is the only row."""
     name = f"/single_token/mask_{number}"
-    row = ir.node(
-        "Gather", [mask, _constant(graph, f"{name}/last", np.array([-1], np.int64))], {"axis": 2}, name=f"{name}/Gather"
-    )
-    seen = _constant(graph, f"{name}/seen", np.array(0, np.float32))
-    hidden = _constant(graph, f"{name}/hidden", np.array(_HIDDEN, np.float32))
+    row = ir.node("Gather", [mask, constant(graph, f"{name}/last", [-1])], {"axis": 2}, name=f"{name}/Gather")
+    seen = constant(graph, f"{name}/seen", 0, np.float32)
+    hidden = constant(graph, f"{name}/hidden", _HIDDEN, np.float32)
     term = ir.node("Where", [row.outputs[0], seen, hidden], name=f"{name}/Where")
     for node in (row, term):
         node.outputs[0].name = f"{node.name}_output_0"
@@ -185,10 +185,3 @@ def _branch(nodes: list[ir.Node]) -> ir.Graph:
     result = nodes[-1].outputs[0]
     result.type = ir.TensorType(ir.DataType.FLOAT)
     return ir.Graph([], [result], nodes=nodes, name=nodes[-1].name)
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    graph.register_initializer(value)
-    return value

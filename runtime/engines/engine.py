@@ -19,7 +19,7 @@ class Cache(Protocol):
     capacities: tuple[int, ...]
 
     def resize(self, capacities: Sequence[int]) -> None:
-        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
+        """Move the rings into larger ones, C for each kind of layer or more; slot for slot, the new slots are empty."""
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return the rings, keys and values by turns: the memory itself where this process can read it, else copies.
@@ -56,7 +56,7 @@ class Engine(Protocol):
     def new_cache(
         self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> Cache:
-        """Allocate rings for `batch` rows, with C slots for each kind of layer.
+        """Allocate rings for `batch` rows, with C slots for each kind of layer or more.
 
         Args:
             adapter: what to bind to the graph's adapter inputs in every run of these rows, by their names, in `dtype`.

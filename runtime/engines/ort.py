@@ -197,18 +197,30 @@ class _Binding:
             self.io.bind_ortvalue_output(ring.present, value)
 
 
-def open_session(graph: Path, options: ort.SessionOptions, providers: Sequence[str]) -> Owned[Any]:
-    """Open a graph in ONNX Runtime. Raises: BackendError if it cannot."""
+def open_session(
+    graph: Path, options: ort.SessionOptions, providers: Mapping[str, Mapping[str, str]], weights: Path | None = None
+) -> Owned[Any]:
+    """Open a graph in ONNX Runtime.
+
+    Args:
+        providers: in order, each with its options.
+        weights: the folder of the graph's external data, where that is not its own.
+    Raises: BackendError if it cannot.
+    """
     try:
-        return Owned(ort.InferenceSession(str(graph), options, providers=list(providers)))
+        source: str | bytes = str(graph)
+        if weights is not None:  # ONNX Runtime looks elsewhere only for a graph that it has no path of
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+            source = graph.read_bytes()
+        return Owned(ort.InferenceSession(source, options, providers=list(providers.items())))
     except Exception as exc:  # onnxruntime's errors share no base class of their own
         raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} cannot open it: {one_line(exc)}") from exc
 
 
-def run_bound(session: Owned[Any], io: Any, shape: tuple[int, ...]) -> None:
-    """Run what is bound. Raises: BackendError if ONNX Runtime fails."""
+def run_bound(session: Owned[Any], io: Any, shape: tuple[int, ...], options: Any = None) -> None:
+    """Run what is bound, with ONNX Runtime's options of a run. Raises: BackendError if ONNX Runtime fails."""
     try:
-        session.value.run_with_iobinding(io)
+        session.value.run_with_iobinding(io, options)
     except Exception as exc:
         raise BackendError(f"ONNX Runtime {ort.__version__} failed in a run of {shape}: {one_line(exc)}") from exc
 
@@ -233,7 +245,7 @@ class OrtEngine:
 
     def __init__(self, graph: Path, manifest: Manifest, *, name: str, options: ort.SessionOptions) -> None:
         self.name = name
-        session = open_session(graph, options, ["CPUExecutionProvider"])
+        session = open_session(graph, options, {"CPUExecutionProvider": {}})
         self._session: Owned[Any] | None = session
         give_back()
         self._manifest = manifest

@@ -1,5 +1,7 @@
 """ONNX Runtime with the rings on a device, for its CUDA provider: only ids, positions and logits travel."""
 
+import contextlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,20 @@ import onnxruntime as ort
 
 from galerne.errors import BackendError, one_line
 from galerne.runtime.adapter import no_adapter
-from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines.engine import Cache, Float32, Int64
-from galerne.runtime.engines.ort import RingLayout, open_session, ring_layout, run_bound, session_options
+from galerne.runtime.engines.ort import RingLayout, open_session, ring_layout, run_bound
 from galerne.runtime.engines.owned import Owned
 from galerne.runtime.manifest import Manifest, write_index_names
 
 CUDA = "cuda"
 
 _PROVIDERS = {CUDA: "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+# TF32 would round float32 products to 10 bits of mantissa, which no float32 bundle asked for.
+_OPTIONS = {CUDA: {"use_tf32": "0"}, "cpu": {}}
+_RECORDING = {CUDA: {"enable_cuda_graph": "1"}, "cpu": {}}
+# ONNX Runtime's name for which recording a run makes or replays, and the one of a run that does neither.
+_RECORDING_OF_RUN, _NO_RECORDING = "gpu_graph_id", -1
+_ONE_TOKEN = (1, 1)
 
 
 class Placement:
@@ -44,10 +51,10 @@ class Placement:
         return value
 
 
-class DeviceCache:
-    """Rings on a device; see `Cache`. Growing takes them through this process's memory, which happens a few times only.
+class Rings:
+    """The rings of some rows on the device, and the runs that are bound to them.
 
-    values: the rings, in the layout's order. adapter: what is bound to the graph's adapter inputs, on the device.
+    values: the rings, in the layout's order. capacities: their slots C, of each kind of layer.
     bindings: by S and K.
     """
 
@@ -58,95 +65,198 @@ class DeviceCache:
         layout: Sequence[RingLayout],
         capacities: Sequence[int],
         dtype: np.dtype[Any],
+    ) -> None:
+        self.capacities = tuple(capacities)
+        # Zeros: a masked slot's value meets a weight of zero, and zero times NaN is NaN.
+        self.values = [placement.put(np.zeros(ring.shape(batch, capacities[ring.kind]), dtype)) for ring in layout]
+        self.bindings: dict[tuple[int, int], DeviceBinding] = {}
+
+
+class Pool:
+    """Makes rings, and keeps what is given back where runs are recorded.
+
+    A recording belongs to the memory that it was made over, and ONNX Runtime frees none before its session ends. So rings go
+    from one sequence to the next with their recordings, and have few sizes: the full one, its half, its quarter and so on.
+    """
+
+    def __init__(self, placement: Placement, manifest: Manifest, *, recording: bool) -> None:
+        self._placement, self._full, self._recording = placement, manifest.graph.capacities, recording
+        self._kept: dict[tuple[int, tuple[int, ...]], list[Rings]] = {}
+        self._empty: dict[tuple[int, ...], Any] = {}
+        self._recordings = 0
+
+    def take(self, batch: int, layout: Sequence[RingLayout], capacities: Sequence[int], dtype: np.dtype[Any]) -> Rings:
+        """Return rings of zeros, of at least so many slots."""
+        if not self._recording:
+            return Rings(self._placement, batch, layout, capacities, dtype)
+        sizes = tuple(_step(size, full) for size, full in zip(capacities, self._full, strict=True))
+        kept = self._kept.get((batch, sizes))
+        if not kept:
+            return Rings(self._placement, batch, layout, sizes, dtype)
+        rings = kept.pop()
+        for value in rings.values:
+            shape = tuple(value.shape())
+            if shape not in self._empty:
+                self._empty[shape] = self._placement.put(np.zeros(shape, dtype))
+            value.update_inplace(self._empty[shape])  # within the device
+        return rings
+
+    def give(self, batch: int, rings: Rings) -> None:
+        """Take back what nothing runs over any more."""
+        if self._recording:
+            self._kept.setdefault((batch, rings.capacities), []).append(rings)
+
+    def new_recording(self) -> int:
+        """Return a number that no run was recorded under yet."""
+        self._recordings += 1
+        return self._recordings
+
+    def clear(self) -> None:
+        """Let go of what is kept."""
+        self._kept, self._empty = {}, {}
+
+
+def _step(size: int, full: int) -> int:
+    """Return the smallest of `full`, its half, its quarter and so on that is not under `size`."""
+    while size <= -(-full // 2) < full:
+        full = -(-full // 2)
+    return full
+
+
+class DeviceCache:
+    """Rings on a device; see `Cache`. Growing takes them through this process's memory, which happens a few times only.
+
+    rings: the memory. adapter: what is bound to the graph's adapter inputs, on the device.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        pool: Pool,
+        batch: int,
+        layout: Sequence[RingLayout],
+        capacities: Sequence[int],
+        dtype: np.dtype[Any],
         vocab_size: int,
         adapter: Mapping[str, npt.NDArray[Any]],
     ) -> None:
-        self.batch, self.capacities, self._placement, self._layout = batch, tuple(capacities), placement, layout
+        self.batch, self._pool, self._layout, self._dtype = batch, pool, layout, dtype
         self.last_logits: Float32 = np.zeros((batch, 1, vocab_size), np.float32)
         self.adapter = {name: placement.put(array) for name, array in adapter.items()}
-        self.bindings: dict[tuple[int, int], DeviceBinding] = {}
-        # Zeros: a masked slot's value meets a weight of zero, and zero times NaN is NaN.
-        self.values = [placement.put(np.zeros(ring.shape(batch, capacities[ring.kind]), dtype)) for ring in layout]
+        self.rings = pool.take(batch, layout, capacities, dtype)
+        self.capacities = self.rings.capacities
 
     def resize(self, capacities: Sequence[int]) -> None:
-        """Move the rings into larger ones, C for each kind of layer; slot for slot, the new slots are empty."""
-        grown = []
-        for ring, value in zip(self._layout, self.values, strict=True):
-            old, new = value.numpy(), value
-            if (shape := ring.shape(self.batch, capacities[ring.kind])) != old.shape:
-                larger = np.zeros(shape, old.dtype)
-                larger[tuple(map(slice, old.shape))] = old
-                new = self._placement.put(larger)
-            grown.append(new)
+        """Move the rings into larger ones, C for each kind of layer or more; slot for slot, the new slots are empty."""
+        old, new = self.rings, self._pool.take(self.batch, self._layout, capacities, self._dtype)
+        for target, source in zip(new.values, old.values, strict=True):
+            array = source.numpy()
+            whole = np.zeros(target.shape(), array.dtype)
+            whole[tuple(map(slice, array.shape))] = array
+            target.update_inplace(whole)
         # Nothing that Ctrl-C could interrupt stands between these: they always fit each other.
-        self.values, self.capacities, self.bindings = grown, tuple(capacities), {}
+        self.rings, self.capacities = new, new.capacities
+        self._pool.give(self.batch, old)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return copies of the rings in this process's memory."""
-        pairs = zip(self._layout, self.values, strict=True)
+        pairs = zip(self._layout, self.rings.values, strict=True)
         return [np.moveaxis(value.numpy().copy(), ring.slot_axis, 2) for ring, value in pairs]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
-        for ring, value, array in zip(self._layout, self.values, arrays, strict=True):
-            whole = np.zeros(ring.shape(self.batch, self.capacities[ring.kind]), array.dtype)
+        for ring, value, array in zip(self._layout, self.rings.values, arrays, strict=True):
+            whole = np.zeros(value.shape(), array.dtype)
             np.moveaxis(whole, ring.slot_axis, 2)[:, :, : array.shape[2]] = array
             value.update_inplace(whole)
 
     def copy_from(self, other: "DeviceCache") -> None:
         """Copy the rings of a cache of the same engine, with as many rows and slots, within the device."""
-        for value, source in zip(self.values, other.values, strict=True):
+        for value, source in zip(self.rings.values, other.rings.values, strict=True):
             value.update_inplace(source)
 
     def close(self) -> None:
-        """Let go of the memory."""
-        self.values, self.bindings, self.adapter, self._layout = [], {}, {}, []
+        """Let go of the memory, or leave it to the next rows of this size."""
+        if self._layout:
+            self._pool.give(self.batch, self.rings)
+        self.adapter, self._layout = {}, []
 
 
 class DeviceBinding:
-    """One shape of run: its inputs on the device, and where its logits come to."""
+    """One shape of run: its inputs and its logits on the device.
+
+    recording: the number that ONNX Runtime records it under and replays it by, or that of none; null where it cannot record.
+    """
 
     def __init__(
         self,
         session: Owned[Any],
+        placement: Placement,
         cache: DeviceCache,
         manifest: Manifest,
         layout: Sequence[RingLayout],
         shape: tuple[int, int],
+        recording: int | None,
     ) -> None:
         tokens, logits = shape
+        self._session, self._shape, self._recording = session, (cache.batch, tokens), recording
         sizes = {"input_ids": (cache.batch, tokens), "position_ids": (cache.batch, tokens)}
         sizes["logit_indices"] = (cache.batch, logits)
         self.starts = write_index_names(len(manifest.graph.capacities))
-        self.inputs = {name: cache._placement.new(size, np.int64) for name, size in sizes.items()}
-        self.inputs |= {name: cache._placement.new((cache.batch,), np.int64) for name in self.starts}
-        self.logits: Float32 = cache.last_logits
-        if logits > 1:
-            self.logits = np.zeros((cache.batch, logits, manifest.model.vocab_size), np.float32)
-        self.io = session.value.io_binding()
-        for name, value in cache.adapter.items():
-            self.io.bind_ortvalue_input(name, value)
-        self.io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
-        for ring, value in zip(layout, cache.values, strict=True):
-            self.io.bind_ortvalue_input(ring.past, value)
-            self.io.bind_ortvalue_output(ring.present, value)
+        self._inputs = {name: placement.new(size, np.int64) for name, size in sizes.items()}
+        self._inputs |= {name: placement.new((cache.batch,), np.int64) for name in self.starts}
+        self._logits = placement.new((cache.batch, logits, manifest.model.vocab_size), np.float32)
+        self._io = session.value.io_binding()
+        for name, value in {**self._inputs, **cache.adapter}.items():
+            self._io.bind_ortvalue_input(name, value)
+        self._io.bind_ortvalue_output("logits", self._logits)
+        for ring, value in zip(layout, cache.rings.values, strict=True):
+            self._io.bind_ortvalue_input(ring.past, value)
+            self._io.bind_ortvalue_output(ring.present, value)
+        self._options: Any = None
+        if recording is not None:
+            self._options = ort.RunOptions()
+            self._options.add_run_config_entry(_RECORDING_OF_RUN, str(recording))
 
-    def write(self, arrays: Mapping[str, Int64]) -> None:
-        """Put the small inputs onto the device."""
+    def run(self, arrays: Mapping[str, Int64]) -> Float32:
+        """Put the small inputs onto the device, run, and return a copy of the logits [B, K, vocab_size].
+
+        Raises: BackendError if ONNX Runtime fails.
+        """
         for name, array in arrays.items():
-            self.inputs[name].update_inplace(np.ascontiguousarray(array, np.int64))
-            # Anew each time: where a node reads an input on the CPU, binding is when ONNX Runtime copies it there.
-            self.io.bind_ortvalue_input(name, self.inputs[name])
-        self.io.synchronize_inputs()
+            self._inputs[name].update_inplace(np.ascontiguousarray(array, np.int64))
+            if self._recording is None:
+                # Anew each time: where a node reads an input on the CPU, binding is when ONNX Runtime copies it there.
+                self._io.bind_ortvalue_input(name, self._inputs[name])
+        self._io.synchronize_inputs()
+        run_bound(self._session, self._io, self._shape, self._options)
+        self._io.synchronize_outputs()
+        logits: Float32 = self._logits.numpy()
+        return logits
 
 
 class DeviceEngine:
-    """The portable graph in one of ONNX Runtime's providers, its rings on that provider's device."""
+    """A graph in one of ONNX Runtime's providers, its rings on that provider's device."""
 
     def __init__(
-        self, graph: Path, manifest: Manifest, *, device: str, options: ort.SessionOptions, name: str = CUDA
+        self,
+        graph: Path,
+        manifest: Manifest,
+        *,
+        device: str,
+        options: ort.SessionOptions,
+        name: str = CUDA,
+        weights: Path | None = None,
+        recording: bool = False,
     ) -> None:
-        """Open the graph. Raises: BackendError if this ONNX Runtime lacks the provider, or it does not start."""
+        """Open the graph.
+
+        Args:
+            weights: the folder of the graph's external data, where that is not its own.
+            recording: whether to record decoding, one token a row, as a CUDA graph and to replay it. Where ONNX Runtime
+                refuses, since not every node runs on the device, each step is run as it is.
+        Raises: BackendError if this ONNX Runtime lacks the provider, or it does not start.
+        """
         self.name, self._manifest, self._placement = name, manifest, Placement(device)
         provider = self._placement.provider
         if provider not in ort.get_available_providers():
@@ -154,7 +264,21 @@ class DeviceEngine:
                 f"--engine {name}: ONNX Runtime {ort.__version__} here has no {provider}; install galerne[cuda] "
                 "(onnxruntime-gpu, in place of onnxruntime), or run with `--engine portable`"
             )
-        session = open_session(graph, options, list(dict.fromkeys((provider, _PROVIDERS["cpu"]))))
+
+        def opened(more: Mapping[str, str]) -> Owned[Any]:
+            providers: dict[str, Mapping[str, str]] = {provider: {**_OPTIONS[device], **more}}
+            providers.setdefault(_PROVIDERS["cpu"], {})
+            return open_session(graph, options, providers, weights)
+
+        if recording:
+            level, options.log_severity_level = options.log_severity_level, 4  # a refusal is nobody's error
+            try:
+                session = opened(_RECORDING[device])
+            except BackendError:
+                recording = False
+            options.log_severity_level = level
+        if not recording:
+            session = opened({})
         if session.value.get_providers()[0] != provider:  # it says so in a warning, and would go on without
             raise BackendError(
                 f"--engine {name}: {provider} of ONNX Runtime {ort.__version__} does not start: it needs an NVIDIA driver, CUDA "
@@ -163,14 +287,24 @@ class DeviceEngine:
         self._session: Owned[Any] | None = session
         self._layout, self.ring_dtype, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
+        self._recording, self._pool = recording, Pool(self._placement, manifest, recording=recording)
+        # What is recorded computes in scratch memory that other runs use too.
+        self._alone = threading.Lock() if recording else contextlib.nullcontext()
+
+    @property
+    def records(self) -> bool:
+        """Whether decoding is recorded and replayed."""
+        return self._recording
 
     def new_cache(
         self, batch: int, capacities: Sequence[int], adapter: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> DeviceCache:
-        """As `Engine.new_cache` says."""
+        """As `Engine.new_cache` says; there may be more slots than asked for."""
         bound = {**self._no_adapter, **(adapter or {})}
-        facts = self._manifest.model
-        return DeviceCache(self._placement, batch, self._layout, capacities, self.ring_dtype, facts.vocab_size, bound)
+        vocab_size = self._manifest.model.vocab_size
+        return DeviceCache(
+            self._placement, self._pool, batch, self._layout, capacities, self.ring_dtype, vocab_size, bound
+        )
 
     def tokens_of_run(self, wanted: int, most: int) -> int:
         """As `Engine.tokens_of_run` says: a graph takes any number."""
@@ -178,27 +312,34 @@ class DeviceEngine:
 
     def run(self, cache: Cache, ids: Int64, positions: Int64, write_indices: Int64, logit_indices: Int64) -> Float32:
         """As `Engine.run` says."""
-        assert isinstance(cache, DeviceCache) and self._session is not None
+        assert isinstance(cache, DeviceCache)
         shape = (ids.shape[1], logit_indices.shape[1])
-        if shape not in cache.bindings:
-            # Keep that of decoding and one more: prompts come in many lengths.
-            cache.bindings = {key: kept for key, kept in cache.bindings.items() if key == (1, 1)}
-            cache.bindings[shape] = DeviceBinding(self._session, cache, self._manifest, self._layout, shape)
-        binding = cache.bindings[shape]
-        starts = dict(zip(binding.starts, write_indices, strict=True))
-        binding.write({"input_ids": ids, "position_ids": positions, "logit_indices": logit_indices, **starts})
-        run_bound(self._session, binding.io, ids.shape)
-        binding.io.synchronize_outputs()
-        return binding.logits
+        with self._alone:
+            binding = self._binding(cache, shape)
+            starts = dict(zip(binding.starts, write_indices, strict=True))
+            logits = binding.run(
+                {"input_ids": ids, "position_ids": positions, "logit_indices": logit_indices, **starts}
+            )
+        if shape[1] > 1:
+            return logits
+        cache.last_logits[...] = logits
+        return cache.last_logits
 
     def close(self) -> None:
         """Let go of ONNX Runtime's session; no run may follow."""
+        self._pool.clear()
         self._session = None
 
-
-def open_cuda_provider(bundle: Bundle, *, exact: bool, threads: int | None) -> DeviceEngine:
-    """Open the portable graph in ONNX Runtime's CUDA provider. Raises: BackendError if it does not run here."""
-    if bundle.manifest.graph.compute_type == "bfloat16":
-        raise BackendError(f"{bundle.path}: --engine {CUDA} takes no bfloat16 bundle; export with --precision fp16")
-    options = session_options(exact=exact, threads=threads)
-    return DeviceEngine(bundle.file(GRAPH), bundle.manifest, device=CUDA, options=options)
+    def _binding(self, cache: DeviceCache, shape: tuple[int, int]) -> DeviceBinding:
+        assert self._session is not None
+        bindings = cache.rings.bindings
+        if shape not in bindings:
+            for other in [key for key in bindings if key != _ONE_TOKEN]:
+                del bindings[other]  # keep that of decoding and one more: prompts come in many lengths
+            recording = None
+            if self._recording:
+                recording = self._pool.new_recording() if shape == _ONE_TOKEN else _NO_RECORDING
+            bindings[shape] = DeviceBinding(
+                self._session, self._placement, cache, self._manifest, self._layout, shape, recording
+            )
+        return bindings[shape]

@@ -7,7 +7,8 @@ from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.cpu import open_cpu
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.ort import OrtEngine, session_options
-from galerne.runtime.engines.ort_device import CUDA, open_cuda_provider
+from galerne.runtime.engines.ort_cuda import open_cuda_provider, open_ort_cuda
+from galerne.runtime.engines.ort_device import CUDA
 from galerne.runtime.engines.record import load_record
 from galerne.runtime.engines.tensorrt.open import open_tensorrt
 from galerne.runtime.page_cache import read_ahead
@@ -47,6 +48,8 @@ def open_engine(bundle: Bundle, name: str | None = None, *, exact: bool = False,
     record = load_record(bundle, name)
     if record.backend == "onnxruntime":
         return open_cpu(bundle, record, threads)
+    if record.backend == "onnxruntime_cuda":
+        return open_ort_cuda(bundle, record, threads)
     if record.backend in ("tensorrt", "tensorrt_rtx"):
         return open_tensorrt(bundle, record)
     raise BackendError(

@@ -55,7 +55,7 @@ def test_an_engine_ahead_of_time(bundle: Path) -> None:
         (["--target", "l4", "--strip", "--weight-streaming"], 2, "expected one of them, found both"),
         (["--target", "l4", "--stack", "none"], 2, "--stack: l4 has no stack named 'none'"),
         (["--target", "l4", "--stack", "tensorrt-rtx-1.7", "--locked"], 2, "--locked: TensorRT-RTX measures nothing"),
-        (["--target", "cpu", "--draft", "2"], 2, "takes no options of a GPU's engine"),
+        (["--target", "cpu", "--draft", "2"], 2, "stack onnxruntime takes none of TensorRT's options"),
         (["--target", "jetson-orin-nx-16gb", "--stack", "jetpack-6.2"], 2, "export with --dialect primitive"),
         pytest.param(
             ["--target", "jetson-orin-nx-16gb", "--stack", "jetpack-7.2"], 3, "galerne package", marks=without_gpu

@@ -54,12 +54,16 @@ def test_the_alternatives_of_an_old_parser_are_the_dialect_and_the_newer_stack(g
     )
 
 
-def test_the_alternative_to_a_type_is_a_precision_that_fits_or_a_device(graph_of: Graphs) -> None:
+def test_the_alternative_to_a_type_is_a_precision_that_fits_or_another_stack_or_device(graph_of: Graphs) -> None:
     target = load("t4")
     found = check(graph_of("int4-rtn", "opset24"), target, target.stack())
     assert refused(found) == {"DequantizeLinear"}
     assert (found[0].found, found[0].expected) == ("int4", "float16 or int8")
+    assert found[0].alternative == "export with --precision int8 or fp16, or choose --stack onnxruntime-cuda"
+    found = check(graph_of("bf16", "opset24"), target, target.stack())
     assert found[0].alternative.startswith("export with --precision int8 or fp16, or choose another target: a10, ")
+        0
+    ].alternative
 
 
 def planted(graph: Path, folder: Path, node: onnx.NodeProto, *constants: onnx.TensorProto) -> Path:

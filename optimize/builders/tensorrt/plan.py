@@ -30,8 +30,8 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
         rounded rings.
     """
     options = options or Options()
-    if stack.backend == "onnxruntime" or target.compute_capability is None:
-        raise InputError(f"--target {target.name}: {stack.backend} takes no build plan; choose a target with a GPU")
+    if (stack.backend != "tensorrt" and stack.backend != "tensorrt_rtx") or target.compute_capability is None:
+        raise InputError(f"--target {target.name}: {stack.backend} takes no build plan; choose a stack of TensorRT")
     if bundle.manifest.graph.adapter_slots:
         raise InputError(
             f"{bundle.path}: has adapter slots, which the {stack.backend} builder does not take; merge the adapter instead: "

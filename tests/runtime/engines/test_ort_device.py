@@ -1,4 +1,5 @@
-"""ONNX Runtime with the rings on a device. Here the device is the CPU: the bookkeeping is tried, the CUDA provider is not."""
+"""ONNX Runtime with the rings on a device: its CUDA provider where there is a GPU. Elsewhere the device is the CPU, so that
+the lowered graphs and the bookkeeping are tried."""
 
 import functools
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from galerne.export.parity.verify import verify
 from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.runtime.engines import select
 from galerne.runtime.engines.ort import session_options
-from galerne.runtime.engines.ort_device import DeviceEngine, open_cuda_provider
-from galerne.runtime.engines.tensorrt.driver import gpu_count
+from galerne.runtime.engines.ort_cuda import open_cuda_provider
+from galerne.runtime.engines.ort_device import DeviceEngine
 from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
 
@@ -52,9 +53,9 @@ def test_rings_stay_where_they_are_and_sessions_move(
         session.append(IDS[:40])
         rows = model.rows()
         rows.feed([IDS[:5]])
-        before = [value.data_ptr() for value in rows.cache.values]  # type: ignore[attr-defined]
+        before = [value.data_ptr() for value in rows.cache.rings.values]  # type: ignore[attr-defined]
         rows.feed([IDS[5:50]])
-        assert [value.data_ptr() for value in rows.cache.values] == before  # type: ignore[attr-defined]
+        assert [value.data_ptr() for value in rows.cache.rings.values] == before  # type: ignore[attr-defined]
         session.save(tmp_path / "saved")
         twin, loaded = session.fork(), portable.load_session(tmp_path / "saved")
         for token in IDS[40:60]:
@@ -117,12 +118,46 @@ def test_a_provider_that_does_not_start_is_one_line(bundle_of: BundleOf, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not gpu_count(), reason="needs an NVIDIA GPU, its driver, and onnxruntime-gpu")
+@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4-rtn"])
 def test_the_cuda_provider_passes_the_parity_suite(bundle_of: BundleOf, checkpoint_folder: Path, recipe: str) -> None:
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("this ONNX Runtime lacks the CUDA provider: install onnxruntime-gpu in place of onnxruntime")
     report = verify(bundle_of(recipe), open_checkpoint(checkpoint_folder), engine="cuda")
     assert report.passed, [case for case in report.cases if not case.passed]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_sessions_on_the_gpu(bundle_of: BundleOf, tmp_path: Path) -> None:
+    """What a session does with its rings is the same on the device: growing, a fork, a file, going back."""
+    bundle = bundle_of("fp32")
+    with Model.open(bundle.path, "portable", exact=True) as portable, Model.open(bundle.path, "cuda") as model:
+        expected, session = portable.session(), model.session()
+        expected.append(IDS[:40])
+        session.append(IDS[:40])
+        session.save(tmp_path / "saved")
+        twin, loaded = session.fork(), model.load_session(tmp_path / "saved")
+        for token in IDS[40:150]:
+            for each in (expected, session, twin, loaded):
+                each.append([token])
+            assert np.array_equal(twin.logits, session.logits)
+            assert np.array_equal(loaded.logits, session.logits)
+            assert np.abs(session.logits - expected.logits).max() < 1e-3
+        before = session.logits.copy()
+        session.rewind(1)
+        session.append([IDS[149]])
+        assert np.array_equal(session.logits, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_the_gpu_writes_what_the_cpu_writes(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("fp32")
+
+    def generated(engine: str, speculate: int) -> list[int]:
+        with Model.open(bundle.path, engine, exact=engine == "portable") as model:
+            generation = Generation(model, [IDS[:100]], max_new_tokens=200, ignore_eos=True, speculate=speculate)
+            return [token for _, token in generation]
+
+    expected = generated("portable", 0)
+    assert generated("cuda", 0) == expected
+    assert generated("cuda", 4) == expected

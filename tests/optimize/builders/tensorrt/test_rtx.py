@@ -170,7 +170,11 @@ def test_a_build_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str], cap
 @pytest.mark.parametrize(
     ("compute", "weights", "message"),
     [
-        ("float16", "int4", r"t4 does not take .*int4, expected float16 or int8: .*--precision int8 or fp16.*a10"),
+        (
+            "float16",
+            "int4",
+            r"t4 does not take .*int4, expected float16 or int8: .*--precision int8 or fp16.*--stack onnxruntime-cuda",
+        ),
         ("bfloat16", "float", "MatMul.*bfloat16, expected float16 or int8"),
         ("float32", "float", "MatMul.*float32, expected float16 or int8"),
     ],
