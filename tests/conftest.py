@@ -1,5 +1,6 @@
 """Fixtures that many tests share: a small random Mistral checkpoint and the bundles made from it."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
 from galerne.optimize.quantize import recipe
 from galerne.runtime.bundle import Bundle
+from galerne.runtime.engines import select
+from galerne.runtime.engines.ort_cuda import open_ort_cuda
+from galerne.runtime.engines.tensorrt.driver import gpu_count
 
 transformers_logging.disable_progress_bar()
 
@@ -112,3 +116,23 @@ def adapt() -> Adapt:
         return {name: tensor.detach() for name, tensor in adapted.merge_and_unload().named_parameters()}
 
     return save
+
+
+@pytest.fixture
+def on_gpu() -> None:
+    """Skip where `--engine cuda` cannot run, and say what it lacks."""
+    import onnxruntime as ort
+
+    if not gpu_count():
+        pytest.skip("needs an NVIDIA GPU, its driver, and onnxruntime-gpu")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime lacks the CUDA provider: install onnxruntime-gpu in place of onnxruntime")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where engines for ONNX Runtime's CUDA provider run: the GPU, or the CPU provider in its place."""
+    if request.param == "cuda":
+        request.getfixturevalue("on_gpu")
+    monkeypatch.setattr(select, "open_ort_cuda", functools.partial(open_ort_cuda, device=request.param))
+    return str(request.param)

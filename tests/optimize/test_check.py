@@ -62,8 +62,6 @@ def test_the_alternative_to_a_type_is_a_precision_that_fits_or_another_stack_or_
     assert found[0].alternative == "export with --precision int8 or fp16, or choose --stack onnxruntime-cuda"
     found = check(graph_of("bf16", "opset24"), target, target.stack())
     assert found[0].alternative.startswith("export with --precision int8 or fp16, or choose another target: a10, ")
-        0
-    ].alternative
 
 
 def planted(graph: Path, folder: Path, node: onnx.NodeProto, *constants: onnx.TensorProto) -> Path:

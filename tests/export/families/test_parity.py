@@ -214,6 +214,17 @@ def test_the_primitive_dialect_matches_too(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engine_for_the_cuda_provider_matches_too(tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(save(tmp_path / "checkpoint", family, seed=0))
+    bundle = export(checkpoint, recipe.load("fp16"), tmp_path / "bundle", chunk=16)
+    target = load("h200")
+    report = verify(build(bundle, target, stack=target.stack("onnxruntime-cuda")), checkpoint, engine="h200")
+    assert report.passed, [case for case in report.cases if not case.passed]
+
+
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensorrt_rtx_builds_it_ahead_of_time(tmp_path: Path, family: str) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines import select
-from galerne.runtime.engines.tensorrt.driver import gpu_count
 from galerne.runtime.engines.tensorrt.library import Library
 from galerne.runtime.engines.tensorrt.open import open_tensorrt
 from tests.runtime.engines.fake_cuda import FakeDriver
@@ -59,14 +58,3 @@ def with_engine(bundle_of: Callable[[str], Bundle], tmp_path: Path) -> Callable[
         return enter_engine(copy, *arguments, **settings)
 
     return make
-
-
-@pytest.fixture
-def on_gpu() -> None:
-    """Skip where `--engine cuda` cannot run, and say what it lacks."""
-    import onnxruntime as ort
-
-    if not gpu_count():
-        pytest.skip("needs an NVIDIA GPU, its driver, and onnxruntime-gpu")
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("this ONNX Runtime lacks the CUDA provider: install onnxruntime-gpu in place of onnxruntime")

@@ -32,15 +32,6 @@ IDS = np.random.default_rng(5).integers(0, 501, 200).tolist()
 TARGET, STACK = "h200", "onnxruntime-cuda"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What stands for the GPU, or the GPU."""
-    if request.param == "cuda":
-        request.getfixturevalue("on_gpu")
-    monkeypatch.setattr(select, "open_ort_cuda", functools.partial(open_ort_cuda, device=request.param))
-    return str(request.param)
-
-
 def built(bundle: Bundle, folder: Path) -> Bundle:
     copy = Bundle.open(Path(shutil.copytree(bundle.path, folder)))
     chosen = target.load(TARGET)
@@ -59,7 +50,7 @@ def tokens_of(model: Model, count: int, speculate: int = 0) -> list[int]:
     ]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("cuda_device")
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4-rtn"])
 def test_the_parity_suite_passes(bundle_of: BundleOf, checkpoint_folder: Path, tmp_path: Path, recipe: str) -> None:
     """Window edge, ring wrapped, rows of different lengths, poisoned cache: the whole of `galerne verify`."""
@@ -68,7 +59,7 @@ def test_the_parity_suite_passes(bundle_of: BundleOf, checkpoint_folder: Path, t
     assert report.passed, [case for case in report.cases if not case.passed]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("cuda_device")
 def test_rounded_rings(checkpoint_folder: Path, tmp_path: Path) -> None:
     from tests.export.quantized.cached import round_cache_of
 
@@ -82,7 +73,7 @@ def test_rounded_rings(checkpoint_folder: Path, tmp_path: Path) -> None:
     assert report.passed, [case for case in report.cases if not case.passed]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("cuda_device")
 def test_a_ring_grows_by_halves_of_the_full_one(bundle_of: BundleOf, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_mistral(tmp_path / "checkpoint", sliding_window=990))
     plain = export(checkpoint, recipes.load("fp32"), tmp_path / "plain", chunk=10)
@@ -100,7 +91,7 @@ def test_a_ring_grows_by_halves_of_the_full_one(bundle_of: BundleOf, tmp_path: P
         assert tokens_of(model, 450, speculate=3) == expected
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("cuda_device")
 def test_rings_and_recordings_go_to_the_next_session(bundle_of: BundleOf, tmp_path: Path) -> None:
     """Of which the first fills them with what is not a number, as an overflow would."""
     model, engine = opened(built(bundle_of("fp32"), tmp_path / "bundle"))
