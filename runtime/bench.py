@@ -20,6 +20,7 @@ from galerne.targets.target import load as load_target
 
 _PROBE_BYTES = 1 << 29
 _PROBE_ROUNDS = 5
+_WARM_UP = 32  # tokens
 # Steps of a turn: the threads of the engine that ran before go on spinning for a moment, which the median step does not see.
 _TURN = 8
 _NOISE = 0.05  # a share; medians of a bundle beside itself differed by 3 % on a machine with seven times more work than cores
@@ -71,7 +72,9 @@ def bench(
     Raises: InputError if the bundle's longest context is shorter.
     """
     prompt = _prompt(model, prompt_tokens, decode_tokens)
-    model.rows(adapter=adapter).feed([prompt[:32]])  # warm up
+    # Warm up: a GPU's libraries choose their kernels in the first run of a size, of which a prompt has as many as a chunk.
+    on_cpu = model.engine.name in (PORTABLE, CPU)
+    model.rows(adapter=adapter).feed([prompt[: _WARM_UP if on_cpu else model.graph.chunk]])
     rows = model.rows(adapter=adapter)
     start = time.perf_counter()
     rows.feed([prompt])

@@ -3,8 +3,8 @@
 ONNX Runtime's kernel for a masked Attention copies each key head for every query head of its group, and gives one block of
 threads to a head, which reads all slots one after the other. The two products spread the slots over the whole GPU, and read a
 key once. Query heads must be grouped (`optimize.lower.group_heads`).
-Measured on an H200, 8 layers of 32/8 heads of 128 in float16: a token in 0.78 of the time over 704 slots, in 0.53 over 4,352,
-together with `narrow` and `skip_norms`.
+Measured on an H200, with the other lowerings of this engine: a token of a 7B at int4 in 0.42 of the time after 512 tokens, and in
+0.28 after 4,500.
 """
 
 import math

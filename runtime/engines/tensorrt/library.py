@@ -14,6 +14,8 @@ from galerne.runtime.engines.tensorrt.package import NAMES, Log, hooked, import_
 
 # At most so much of an engine is in memory beside where TensorRT puts it.
 _BLOCK_BYTES = 64 << 20
+# TensorRT-RTX's word for a GPU's compute capability that it does not know.
+_NO_GPU_OF_ITS = "unsupported_cc"
 
 
 class Library:
@@ -44,10 +46,13 @@ class Library:
             return
         known = self.module.EngineInvalidityDiagnostics.__members__
         reasons = [name.lower() for name, flag in known.items() if found & int(flag)]
-        raise BackendError(
-            f"{path}: {self.name} {self.version} does not take this engine ({', '.join(reasons) or 'it gave no reason'}); "
-            "build it again on this machine with --force"
-        )
+        remedy = "build it again on this machine with --force"
+        if _NO_GPU_OF_ITS in reasons:  # however it was built
+            remedy = (
+                "it runs on no GPU of this kind: build for another stack of `galerne targets`, such as onnxruntime-cuda"
+            )
+        why = ", ".join(reasons) or "it gave no reason"
+        raise BackendError(f"{path}: {self.name} {self.version} does not take this engine ({why}); {remedy}")
 
     def deserialize(self, runtime: Any, path: Path) -> Any:
         """Load an engine, block by block, so that host memory never holds it a second time.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from galerne.errors import BackendError, InputError
@@ -20,7 +21,7 @@ from galerne.optimize.quantize import recipe as recipes
 from galerne.runtime.bundle import Bundle
 from galerne.runtime.engines import ort_device, select
 from galerne.runtime.engines.ort import open_session
-from galerne.runtime.engines.ort_cuda import open_ort_cuda
+from galerne.runtime.engines.ort_cuda import open_cuda_provider, open_ort_cuda
 from galerne.runtime.engines.ort_device import DeviceEngine
 from galerne.runtime.generate import Generation
 from galerne.runtime.model import Model
@@ -138,6 +139,25 @@ def test_the_engine_holds_no_weights_of_its_own(bundle_of: BundleOf, tmp_path: P
     names = {name: entry.size for name, entry in bundle.manifest.files.items() if name.startswith("engines/")}
     assert set(names) == {f"engines/{TARGET}/engine.onnx", f"engines/{TARGET}/engine.json"}
     assert sum(names.values()) < 100_000
+
+
+def test_long_blocks(tmp_path: Path, cuda_device: str) -> None:
+    """Which the provider's kernel for one token does not take: the engine's scales are repeated, the same weights."""
+    own = tmp_path / "own.toml"
+    own.write_text(
+        'description = "blocks of 256"\ncompute = "float16"\nweights = { dtype = "int4", block_size = 256 }\n'
+        'lm_head = { dtype = "int8" }\nembed_tokens = { dtype = "int8" }\n'
+    )
+    checkpoint = open_checkpoint(save_mistral(tmp_path / "checkpoint", hidden_size=256, intermediate_size=768))
+    bundle = export(checkpoint, recipes.load(str(own)), tmp_path / "plain", chunk=8)
+    with pytest.raises(BackendError, match="--engine cuda takes int4 in blocks of up to 128, this bundle's are of 256"):
+        open_cuda_provider(bundle, exact=False, threads=None)
+    made = built(bundle, tmp_path / "bundle")
+    graph = onnx.load(str(made.file(f"engines/{TARGET}/engine.onnx")), load_external_data=False).graph
+    blocks = [a.i for node in graph.node for a in node.attribute if a.name == "block_size"]
+    assert (set(blocks), len(blocks)) == ({128}, 8)
+    report = verify(made, checkpoint, engine=TARGET)
+    assert report.passed, [case for case in report.cases if not case.passed]
 
 
 def test_what_it_is_not_built_from(bundle_of: BundleOf, checkpoint_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from galerne.runtime.engines.record import EngineRecord, load_record
 from galerne.runtime.engines.tensorrt import driver
 from galerne.runtime.engines.tensorrt.checks import check_capability, check_version
 from galerne.runtime.engines.tensorrt.driver import Device
-from galerne.runtime.engines.tensorrt.library import open_library
+from galerne.runtime.engines.tensorrt.library import Library, open_library
 from galerne.runtime.engines.tensorrt.open import open_tensorrt
 from galerne.runtime.model import Model
 from tests.runtime.engines.conftest import NAME, FakeGpu
@@ -216,6 +217,17 @@ def test_a_real_engine_is_checked_where_there_is_no_gpu(
     changed(Bundle.open(folder), f"engines/{NAME}/engine.plan")
     status, line = told(*generate)
     assert status == 2 and "the file was changed" in line
+
+
+@pytest.mark.tensorrt
+def test_a_gpu_that_tensorrt_rtx_does_not_run_on(tmp_path: Path) -> None:
+    """As an H200 answers, whatever the engine was built for: to build again would not help."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX's Python package is not installed")
+    (tmp_path / "engine.plan").write_bytes(b"1234")
+    found = trt.EngineValidity.INVALID, int(trt.EngineInvalidityDiagnostics.UNSUPPORTED_CC)
+    runtime = SimpleNamespace(engine_header_size=4, get_engine_validity=lambda head: found)
+    with pytest.raises(BackendError, match=r"\(unsupported_cc\); it runs on no GPU of this kind: build for another stack"):
+        Library(trt, "tensorrt_rtx").check_header(runtime, tmp_path / "engine.plan")
 
 
 def _with_record(with_engine: WithEngine, **changes: Any) -> tuple[Bundle, EngineRecord]:
