@@ -11,7 +11,7 @@ import numpy as np
 from galerne.errors import InputError
 from galerne.parallel import cores
 from galerne.runtime.adapter import Adapter
-from galerne.runtime.engines.ort_device import CUDA
+from galerne.runtime.engines.ort_pool import CUDA
 from galerne.runtime.engines.select import CPU, PORTABLE
 from galerne.runtime.footprint import decode_weight_bytes, forms_of, seen_cache_bytes
 from galerne.runtime.model import Model

@@ -8,7 +8,8 @@ import onnxruntime as ort
 from galerne.errors import BackendError
 from galerne.runtime.bundle import ENGINES, GRAPH, Bundle
 from galerne.runtime.engines.ort import session_options
-from galerne.runtime.engines.ort_device import CUDA, DeviceEngine
+from galerne.runtime.engines.ort_device import DeviceEngine
+from galerne.runtime.engines.ort_pool import CUDA
 from galerne.runtime.engines.record import EngineRecord
 from galerne.runtime.footprint import forms_of, stored_products
 from galerne.runtime.manifest import Manifest

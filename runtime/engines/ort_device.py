@@ -1,7 +1,5 @@
 """ONNX Runtime with the rings on a device, for its CUDA provider: only ids, positions and logits travel."""
 
-import contextlib
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,117 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from galerne.errors import BackendError, one_line
+from galerne.errors import BackendError
 from galerne.runtime.adapter import no_adapter
 from galerne.runtime.engines.engine import Cache, Float32, Int64
 from galerne.runtime.engines.ort import RingLayout, open_session, ring_layout, run_bound
+from galerne.runtime.engines.ort_pool import CUDA, Placement, Pool
 from galerne.runtime.engines.owned import Owned
 from galerne.runtime.manifest import Manifest, write_index_names
 
-CUDA = "cuda"
-
-_PROVIDERS = {CUDA: "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 # TF32 would round float32 products to 10 bits of mantissa, which no float32 bundle asked for.
 _OPTIONS = {CUDA: {"use_tf32": "0"}, "cpu": {}}
 _RECORDING = {CUDA: {"enable_cuda_graph": "1"}, "cpu": {}}
 # ONNX Runtime's name for which recording a run makes or replays, and the one of a run that does neither.
 _RECORDING_OF_RUN, _NO_RECORDING = "gpu_graph_id", -1
 _ONE_TOKEN = (1, 1)
-
-
-class Placement:
-    """A device, as ONNX Runtime names it. "cpu" stands for one in tests: its memory is ONNX Runtime's own all the same."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.provider = device, _PROVIDERS[device]
-
-    def new(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Any:
-        """Return new memory on the device. Raises: BackendError if there is not enough."""
-        try:
-            return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
-        except Exception as exc:  # onnxruntime's errors share no base class of their own
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot allocate {size} bytes on {self.device}: {one_line(exc)}"
-            ) from exc
-
-    def put(self, array: npt.NDArray[Any]) -> Any:
-        """Return a copy of an array on the device."""
-        value = self.new(array.shape, array.dtype)
-        value.update_inplace(np.ascontiguousarray(array))
-        return value
-
-
-class Rings:
-    """The rings of some rows on the device, and the runs that are bound to them.
-
-    values: the rings, in the layout's order. capacities: their slots C, of each kind of layer.
-    bindings: by S and K.
-    """
-
-    def __init__(
-        self,
-        placement: Placement,
-        batch: int,
-        layout: Sequence[RingLayout],
-        capacities: Sequence[int],
-        dtype: np.dtype[Any],
-    ) -> None:
-        self.capacities = tuple(capacities)
-        # Zeros: a masked slot's value meets a weight of zero, and zero times NaN is NaN.
-        self.values = [placement.put(np.zeros(ring.shape(batch, capacities[ring.kind]), dtype)) for ring in layout]
-        self.bindings: dict[tuple[int, int], DeviceBinding] = {}
-
-
-class Pool:
-    """Makes rings, and keeps what is given back where runs are recorded.
-
-    A recording belongs to the memory that it was made over, and ONNX Runtime frees none before its session ends. So rings go
-    from one sequence to the next with their recordings, and have few sizes: the full one, its half, its quarter and so on.
-    """
-
-    def __init__(self, placement: Placement, manifest: Manifest, *, recording: bool) -> None:
-        self._placement, self._full, self._recording = placement, manifest.graph.capacities, recording
-        self._kept: dict[tuple[int, tuple[int, ...]], list[Rings]] = {}
-        self._empty: dict[tuple[int, ...], Any] = {}
-        self._recordings = 0
-
-    def take(self, batch: int, layout: Sequence[RingLayout], capacities: Sequence[int], dtype: np.dtype[Any]) -> Rings:
-        """Return rings of zeros, of at least so many slots."""
-        if not self._recording:
-            return Rings(self._placement, batch, layout, capacities, dtype)
-        sizes = tuple(_step(size, full) for size, full in zip(capacities, self._full, strict=True))
-        kept = self._kept.get((batch, sizes))
-        if not kept:
-            return Rings(self._placement, batch, layout, sizes, dtype)
-        rings = kept.pop()
-        for value in rings.values:
-            shape = tuple(value.shape())
-            if shape not in self._empty:
-                self._empty[shape] = self._placement.put(np.zeros(shape, dtype))
-            value.update_inplace(self._empty[shape])  # within the device
-        return rings
-
-    def give(self, batch: int, rings: Rings) -> None:
-        """Take back what nothing runs over any more."""
-        if self._recording:
-            self._kept.setdefault((batch, rings.capacities), []).append(rings)
-
-    def new_recording(self) -> int:
-        """Return a number that no run was recorded under yet."""
-        self._recordings += 1
-        return self._recordings
-
-    def clear(self) -> None:
-        """Let go of what is kept."""
-        self._kept, self._empty = {}, {}
-
-
-def _step(size: int, full: int) -> int:
-    """Return the smallest of `full`, its half, its quarter and so on that is not under `size`."""
-    while size <= -(-full // 2) < full:
-        full = -(-full // 2)
-    return full
 
 
 class DeviceCache:
@@ -142,44 +43,50 @@ class DeviceCache:
     ) -> None:
         self.batch, self._pool, self._layout, self._dtype = batch, pool, layout, dtype
         self.last_logits: Float32 = np.zeros((batch, 1, vocab_size), np.float32)
-        self.adapter = {name: placement.put(array) for name, array in adapter.items()}
-        self.rings = pool.take(batch, layout, capacities, dtype)
+        with pool.alone:
+            self.adapter = {name: placement.put(array) for name, array in adapter.items()}
+            self.rings = pool.take(batch, layout, capacities, dtype)
         self.capacities = self.rings.capacities
 
     def resize(self, capacities: Sequence[int]) -> None:
         """Move the rings into larger ones, C for each kind of layer or more; slot for slot, the new slots are empty."""
-        old, new = self.rings, self._pool.take(self.batch, self._layout, capacities, self._dtype)
-        for target, source in zip(new.values, old.values, strict=True):
-            array = source.numpy()
-            whole = np.zeros(target.shape(), array.dtype)
-            whole[tuple(map(slice, array.shape))] = array
-            target.update_inplace(whole)
-        # Nothing that Ctrl-C could interrupt stands between these: they always fit each other.
-        self.rings, self.capacities = new, new.capacities
-        self._pool.give(self.batch, old)
+        with self._pool.alone:
+            old, new = self.rings, self._pool.take(self.batch, self._layout, capacities, self._dtype)
+            for target, source in zip(new.values, old.values, strict=True):
+                array = source.numpy()
+                whole = np.zeros(target.shape(), array.dtype)
+                whole[tuple(map(slice, array.shape))] = array
+                target.update_inplace(whole)
+            # Nothing that Ctrl-C could interrupt stands between these: they always fit each other.
+            self.rings, self.capacities = new, new.capacities
+            self._pool.give(self.batch, old)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Return copies of the rings in this process's memory."""
         pairs = zip(self._layout, self.rings.values, strict=True)
-        return [np.moveaxis(value.numpy().copy(), ring.slot_axis, 2) for ring, value in pairs]
+        with self._pool.alone:
+            return [np.moveaxis(value.numpy().copy(), ring.slot_axis, 2) for ring, value in pairs]
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Copy the contents of rings of the same type into these; they may have fewer slots, which are the first here."""
-        for ring, value, array in zip(self._layout, self.rings.values, arrays, strict=True):
-            whole = np.zeros(value.shape(), array.dtype)
-            np.moveaxis(whole, ring.slot_axis, 2)[:, :, : array.shape[2]] = array
-            value.update_inplace(whole)
+        with self._pool.alone:
+            for ring, value, array in zip(self._layout, self.rings.values, arrays, strict=True):
+                whole = np.zeros(value.shape(), array.dtype)
+                np.moveaxis(whole, ring.slot_axis, 2)[:, :, : array.shape[2]] = array
+                value.update_inplace(whole)
 
     def copy_from(self, other: "DeviceCache") -> None:
         """Copy the rings of a cache of the same engine, with as many rows and slots, within the device."""
-        for value, source in zip(self.rings.values, other.rings.values, strict=True):
-            value.update_inplace(source)
+        with self._pool.alone:
+            for value, source in zip(self.rings.values, other.rings.values, strict=True):
+                value.update_inplace(source)
 
     def close(self) -> None:
         """Let go of the memory, or leave it to the next rows of this size."""
-        if self._layout:
-            self._pool.give(self.batch, self.rings)
-        self.adapter, self._layout = {}, []
+        with self._pool.alone:
+            if self._layout:
+                self._pool.give(self.batch, self.rings)
+            self.adapter, self._layout = {}, []
 
 
 class DeviceBinding:
@@ -267,7 +174,7 @@ class DeviceEngine:
 
         def opened(more: Mapping[str, str]) -> Owned[Any]:
             providers: dict[str, Mapping[str, str]] = {provider: {**_OPTIONS[device], **more}}
-            providers.setdefault(_PROVIDERS["cpu"], {})
+            providers.setdefault(Placement("cpu").provider, {})
             return open_session(graph, options, providers, weights)
 
         if recording:
@@ -287,9 +194,8 @@ class DeviceEngine:
         self._session: Owned[Any] | None = session
         self._layout, self.ring_dtype, self.dtype = ring_layout(session, manifest)
         self._no_adapter = no_adapter(manifest.graph.adapter_slots, self.dtype)
-        self._recording, self._pool = recording, Pool(self._placement, manifest, recording=recording)
-        # What is recorded computes in scratch memory that other runs use too.
-        self._alone = threading.Lock() if recording else contextlib.nullcontext()
+        self._recording = recording
+        self._pool = Pool(self._placement, manifest.graph.capacities, recording=recording)
 
     @property
     def records(self) -> bool:
@@ -314,7 +220,7 @@ class DeviceEngine:
         """As `Engine.run` says."""
         assert isinstance(cache, DeviceCache)
         shape = (ids.shape[1], logit_indices.shape[1])
-        with self._alone:
+        with self._pool.alone:
             binding = self._binding(cache, shape)
             starts = dict(zip(binding.starts, write_indices, strict=True))
             logits = binding.run(

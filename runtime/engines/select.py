@@ -8,7 +8,7 @@ from galerne.runtime.engines.cpu import open_cpu
 from galerne.runtime.engines.engine import Engine
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.engines.ort_cuda import open_cuda_provider, open_ort_cuda
-from galerne.runtime.engines.ort_device import CUDA
+from galerne.runtime.engines.ort_pool import CUDA
 from galerne.runtime.engines.record import load_record
 from galerne.runtime.engines.tensorrt.open import open_tensorrt
 from galerne.runtime.page_cache import read_ahead

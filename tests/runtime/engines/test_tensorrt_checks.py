@@ -226,7 +226,9 @@ def test_a_gpu_that_tensorrt_rtx_does_not_run_on(tmp_path: Path) -> None:
     (tmp_path / "engine.plan").write_bytes(b"1234")
     found = trt.EngineValidity.INVALID, int(trt.EngineInvalidityDiagnostics.UNSUPPORTED_CC)
     runtime = SimpleNamespace(engine_header_size=4, get_engine_validity=lambda head: found)
-    with pytest.raises(BackendError, match=r"\(unsupported_cc\); it runs on no GPU of this kind: build for another stack"):
+    with pytest.raises(
+        BackendError, match=r"\(unsupported_cc\); it runs on no GPU of this kind: build for another stack"
+    ):
         Library(trt, "tensorrt_rtx").check_header(runtime, tmp_path / "engine.plan")
 
 
