@@ -18,10 +18,13 @@ from galerne.runtime.engines.cpu import ENGINE_GRAPH, ENGINE_WEIGHTS
 from galerne.runtime.engines.cpu_features import cpu_features
 from galerne.runtime.engines.ort import session_options
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of, parity_of
+from galerne.runtime.engines.tensorrt.package import numbers
 from galerne.targets.target import Stack, Target
 
 # Smaller tensors stay inside the graph file.
 _EXTERNAL_FROM_BYTES = 1024
+# What 1.31.1 saves of packed int4 weights it reads back as others. Before this version an engine is packed when it is opened.
+_PACKS_SINCE = (1, 32)
 
 
 def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) -> EngineRecord:
@@ -44,10 +47,12 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         del model
         # Two sessions, so that memory never holds the weights twice: one rewrites the graph, and the next maps what that one
         # wrote and packs it.
-        optimized = Path(scratch) / ENGINE_GRAPH
+        packed = numbers(ort.__version__) >= _PACKS_SINCE
+        optimized = (Path(scratch) if packed else folder) / ENGINE_GRAPH
         _save_optimized(bundle, lowered, optimized, pack=False)
         lowered.with_name(WEIGHTS).unlink()
-        _save_optimized(bundle, optimized, folder / ENGINE_GRAPH, pack=True)
+        if packed:
+            _save_optimized(bundle, optimized, folder / ENGINE_GRAPH, pack=True)
     return EngineRecord(
         schema_version=SCHEMA_VERSION,
         target=target.name,
@@ -59,7 +64,10 @@ def build_ort_cpu(bundle: Bundle, target: Target, stack: Stack, folder: Path) ->
         profiles=(),
         inputs=inputs_of(bundle, (GRAPH, WEIGHTS)),
         parity=parity_of(bundle),
-        options={"lowerings": ["widen", "group_heads", "single_token", "projection_blocks", "split_projection"]},
+        options={
+            "lowerings": ["widen", "group_heads", "single_token", "projection_blocks", "split_projection"],
+            "packed": packed,
+        },
         stack=stack.name,
     )
 

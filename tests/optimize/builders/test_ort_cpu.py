@@ -44,6 +44,19 @@ def test_weights_are_packed_on_disk(built: Bundle) -> None:
     assert products <= packed
 
 
+def test_an_older_onnxruntime_packs_when_it_opens(
+    bundle_of: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since 1.31.1 reads back other weights than it saved."""
+    monkeypatch.setattr(ort, "__version__", "1.31.1")
+    bundle = Bundle.open(Path(shutil.copytree(bundle_of("int4-rtn").path, tmp_path / "bundle")))
+    made = build(bundle, target.load("cpu"))
+    assert load_record(made, "cpu").options["packed"] is False
+    graph = onnx.load(str(made.file("engines/cpu/engine.onnx")), load_external_data=False).graph
+    assert not [entry for t in graph.initializer for entry in t.external_data if entry.key.startswith("prepacked")]
+    test_engine_agrees_with_the_portable_graph(made)
+
+
 def test_engine_agrees_with_the_portable_graph(built: Bundle) -> None:
     tokens = [np.random.default_rng(0).integers(0, 501, 60).tolist()]
     portable = Model.open(built.path, "portable").rows().feed_all(tokens)[0]
