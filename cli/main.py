@@ -3,6 +3,7 @@
 import logging
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -25,7 +26,8 @@ from galerne.cli import (
     targets,
     verify,
 )
-from galerne.errors import GalerneError
+from galerne.cli.extras import extra_of
+from galerne.errors import BackendError, GalerneError
 
 _BUG = 70
 
@@ -68,7 +70,19 @@ def run(args: list[str] | None = None) -> None:
     except GalerneError as exc:
         print(f"galerne: {exc}", file=sys.stderr)
         sys.exit(exc.exit_code)
+    except ModuleNotFoundError as exc:
+        extra = extra_of(exc.name)
+        if extra is None:
+            _our_bug()
+        print(
+            f"galerne: {exc.name} is not installed, which this needs: pip install 'galerne[{extra}]'", file=sys.stderr
+        )
+        sys.exit(BackendError.exit_code)
     except Exception:  # noqa: BLE001  # the last line of defence, and it hides nothing
-        traceback.print_exc()
-        print("galerne: this is a bug in Galerne; please report it with the lines above", file=sys.stderr)
-        sys.exit(_BUG)
+        _our_bug()
+
+
+def _our_bug() -> NoReturn:
+    traceback.print_exc()
+    print("galerne: this is a bug in Galerne; please report it with the lines above", file=sys.stderr)
+    sys.exit(_BUG)

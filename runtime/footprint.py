@@ -15,6 +15,8 @@ _ROUNDED_CACHE = {"int8": 1}
 # A block that does not divide the input axis gives way to the next smaller one.
 BLOCK_SIZES = (256, 128, 64, 32)
 _NORM_BYTES = 4
+# Of a part of an int8 projection in the `cpu` engine: large enough that what a product costs beside its weights does not show.
+_PART_BYTES = 16 << 20
 _ROUTER = ".gate.weight"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _WILDCARD = re.compile(r"[*?[]")
@@ -156,6 +158,11 @@ def forms_of(recipe: Mapping[str, Any]) -> Forms:
 
 def _form(tree: Mapping[str, Any]) -> Form:
     return Form(tree["dtype"], tree.get("block_size"))
+
+
+def projection_parts(inputs: int, vocab_size: int) -> int:
+    """Return in how many products the `cpu` engine computes an int8 projection [inputs, vocab_size]."""
+    return -(-inputs * vocab_size // _PART_BYTES)
 
 
 def layer_products(model: ModelFacts, layer: int) -> list[Product]:

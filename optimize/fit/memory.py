@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from galerne.optimize.fit.workload import Workload
-from galerne.optimize.lower.split_projection import parts_of
 from galerne.runtime.engines.tensorrt.package import numbers
 from galerne.runtime.footprint import (
     StoredProduct,
+    projection_parts,
     shares_table,
     slot_bytes,
     stored_products,
@@ -135,7 +135,7 @@ def _projection_bytes(products: Sequence[StoredProduct]) -> float:
 def _projection_parts(projection: StoredProduct) -> int:
     """Return in how many products the `cpu` engine computes the vocabulary projection."""
     form, rows, columns = projection
-    return parts_of(rows, columns) if form.dtype == "int8" else 1
+    return projection_parts(rows, columns) if form.dtype == "int8" else 1
 
 
 def _raw_bytes(product: StoredProduct) -> float:

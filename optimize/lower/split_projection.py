@@ -8,13 +8,7 @@ token takes as long as before.
 
 import onnx_ir as ir
 
-# Large enough that what a product costs beside its weights does not show.
-_PART_BYTES = 16 << 20
-
-
-def parts_of(inputs: int, vocab_size: int) -> int:
-    """Return in how many products an int8 projection [inputs, vocab_size] is computed."""
-    return -(-inputs * vocab_size // _PART_BYTES)
+from galerne.runtime.footprint import projection_parts
 
 
 def split_projection(model: ir.Model, vocab_size: int) -> None:
@@ -30,7 +24,7 @@ def split_projection(model: ir.Model, vocab_size: int) -> None:
         if weight is None or weight.dtype != ir.DataType.INT8 or weight.shape is None:
             continue
         inputs, outputs = weight.shape.numpy()
-        if outputs == vocab_size and (parts := parts_of(inputs, outputs)) > 1:
+        if outputs == vocab_size and (parts := projection_parts(inputs, outputs)) > 1:
             _split(graph, node, dequantize, parts)
 
 

@@ -248,4 +248,5 @@ class DeviceEngine:
             bindings[shape] = DeviceBinding(
                 self._session, self._placement, cache, self._manifest, self._layout, shape, recording
             )
-        return bindings[shape]
+        binding: DeviceBinding = bindings[shape]
+        return binding

@@ -70,6 +70,27 @@ def test_our_own_bug_is_a_traceback_and_70(monkeypatch: pytest.MonkeyPatch) -> N
     assert "bug in Galerne" in ran.err
 
 
+@pytest.mark.parametrize("module", ["onnx_ir", "torch"])
+def test_a_package_of_an_extra_is_named_with_it(module: str) -> None:
+    """As on a box that has the runtime only. In a process of its own, where nothing has imported it yet."""
+    program = f"import sys; sys.modules[{module!r}] = None\nfrom galerne.cli.main import run\nrun(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "demo" if module == "torch" else "check", "--help"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0  # help needs nothing
+    command[-2:] = ["export", "nowhere", "--out", "nowhere"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert ran.stderr == f"galerne: {module} is not installed, which this needs: pip install 'galerne[export]'\n"
+
+
+def test_fit_needs_the_runtime_only(bundle_of: Bundles) -> None:
+    """On a box, of a bundle: neither onnx nor torch."""
+    program = "import sys; sys.modules.update(onnx=None, onnx_ir=None, torch=None, transformers=None)\n"
+    program += "from galerne.cli.main import run\nrun(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "fit", str(bundle_of("fp16").path), "--target", "h200"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, "NVIDIA H200" in ran.stdout) == (0, True), ran.stderr
+
+
 def test_bad_usage_is_2() -> None:
     for args in (["frobnicate"], ["export"], ["generate", "x", "--max-new-tokens", "many"]):
         assert Ran(*args).status == 2

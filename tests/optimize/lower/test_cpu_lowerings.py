@@ -11,13 +11,13 @@ import pytest
 
 from galerne.export.checkpoint.open import open_checkpoint
 from galerne.export.export import export
-from galerne.optimize.lower import split_projection as split_module
 from galerne.optimize.lower.group_heads import group_heads
 from galerne.optimize.lower.projection_blocks import projection_blocks
 from galerne.optimize.lower.single_token import single_token
 from galerne.optimize.lower.split_projection import split_projection
 from galerne.optimize.lower.widen import widen
 from galerne.optimize.quantize import recipe
+from galerne.runtime import footprint
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.ort import OrtEngine, session_options
 from galerne.runtime.model import Model
@@ -140,7 +140,7 @@ def test_a_projection_in_parts_gives_the_same_bits(
     for folder in (whole, split):
         folder.mkdir()
     expected = logits(lowered(bundle_of(name), whole, in_blocks))
-    monkeypatch.setattr(split_module, "_PART_BYTES", -(-128 * vocab_size // parts))
+    monkeypatch.setattr(footprint, "_PART_BYTES", -(-128 * vocab_size // parts))
     model = lowered(bundle_of(name), split, in_blocks, lambda model: split_projection(model, vocab_size))
     assert np.array_equal(logits(model), expected)
     graph = ir.load(split / GRAPH).graph
