@@ -32,7 +32,8 @@ def choose_stack(target: Target, name: str | None = None) -> tuple[Stack, str]:
     for stack in target.stacks:
         if not stack.is_tensorrt:
             if other is None:
-                return stack, "it needs nothing else"
+                before = stack is not target.stacks[0]
+                return stack, "it needs nothing else" + (", and no TensorRT is installed here" if before else "")
             continue
         try:
             library = import_library(stack.backend)

@@ -26,9 +26,10 @@ def build_ort_cuda(bundle: Bundle, target: Target, stack: Stack, folder: Path) -
     """
     facts, graph = bundle.manifest.model, bundle.manifest.graph
     if graph.compute_type not in stack.types:
+        computed = " or ".join(kind for kind in stack.types if kind.startswith("float"))
         raise InputError(
-            f"{bundle.path}: {stack.name} of {target.name} computes in {' or '.join(stack.types)}, this bundle in "
-            f"{graph.compute_type}; export it with --precision fp16"
+            f"{bundle.path}: {stack.name} of {target.name} computes in {computed}, this bundle in {graph.compute_type}; export "
+            "it with --precision fp16"
         )
     if graph.adapter_slots:
         raise InputError(

@@ -96,9 +96,11 @@ class Pool:
         return rings
 
     def give(self, batch: int, rings: Rings) -> None:
-        """Take back what nothing runs over any more."""
+        """Take back what nothing runs over any more, whoever still refers to it."""
         if self._recording:
             self._kept.setdefault((batch, rings.capacities), []).append(rings)
+        else:
+            rings.values, rings.bindings = [], {}
 
     def new_recording(self) -> int:
         """Return a number that no run was recorded under yet."""

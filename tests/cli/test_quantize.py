@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from galerne.cli import main
 
 ROOT = Path(__file__).parents[2]
-TINY, TEXT = ROOT / "examples" / "tiny-mistral", ROOT / "docs" / "graph.md"
+TINY, TEXT = ROOT / "examples" / "tiny-mistral", ROOT / "examples" / "tiny-mistral" / "held-out.txt"
 GPTQ = """
 description = "GPTQ for a test"
 compute = "float16"
@@ -74,7 +74,7 @@ def test_json_and_the_bundle_that_comes_of_it(recipe: Path, tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == [recipe, made]
     assert galerne("export", made, "--out", bundle)[0] == 0
     described = json.loads((bundle / "manifest.json").read_text())["recipe"]["description"]
-    assert described.startswith("gptq.toml, calibrated on 128 tokens of graph.md: as the checkpoint has it")
+    assert described.startswith("gptq.toml, calibrated on 128 tokens of held-out.txt: as the checkpoint has it")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from galerne.export.checkpoint.open import open_checkpoint
 from galerne.optimize.quantize import recipe
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = Path(__file__).parents[3] / "examples" / "tiny-mistral" / "held-out.txt"
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _GEMMA: dict[str, Any] = {

@@ -22,7 +22,7 @@ from galerne.optimize.quantize.recipe import WeightFormat
 from galerne.runtime.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = Path(__file__).parents[3] / "examples" / "tiny-mistral" / "held-out.txt"
 LARGEST = {"int8": 127, "float8e4m3fn": 448}
 
 

@@ -22,7 +22,7 @@ from galerne.optimize.quantize.cache import CacheScales
 from galerne.runtime.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = TINY / "held-out.txt"
 ROUNDINGS = {
     "wide": ("float16", "float16", ""),
     "nearest": ("int8", "int8", ""),

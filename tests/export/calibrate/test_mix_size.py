@@ -17,7 +17,7 @@ from galerne.export.sensitivity.mixes import Mix, Option
 from galerne.optimize.quantize.recipe import Calibration, WeightFormat, load
 from galerne.runtime.bundle import WEIGHTS
 
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = Path(__file__).parents[3] / "examples" / "tiny-mistral" / "held-out.txt"
 INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 32)
 
 

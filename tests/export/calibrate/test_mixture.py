@@ -27,7 +27,7 @@ from galerne.export.text import sequences
 from galerne.optimize.quantize import recipe
 from galerne.runtime.tokenizer import Tokenizer
 
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = Path(__file__).parents[3] / "examples" / "tiny-mistral" / "held-out.txt"
 IDS = torch.arange(3, 60)[None]
 EXPERTS, LARGEST = 4, {"int8": 127, "float8e4m3fn": 448}
 ROUNDED = (

@@ -24,7 +24,7 @@ from galerne.export.shared_table import is_shared
 from galerne.optimize.quantize import recipe
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-mistral"
-TEXT = Path(__file__).parents[3] / "docs" / "graph.md"
+TEXT = Path(__file__).parents[3] / "examples" / "tiny-mistral" / "held-out.txt"
 FAMILIES = ["mistral", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
 TIED = {"llama", "gemma2", "gemma3"}
 
@@ -153,7 +153,7 @@ def test_the_record_names_recipe_source_and_text(quantized_of: Callable[..., Pat
     record = json.loads((quantized_of("tiny") / "galerne.json").read_text())
     assert record["recipe"] == "gptq"
     assert record["resolved"]["method"] == "gptq"
-    assert (record["text"]["name"], record["text"]["tokens"]) == ("graph.md", 256)
+    assert (record["text"]["name"], record["text"]["tokens"]) == ("held-out.txt", 256)
     assert record["source"]["files"]["model.safetensors"]["size"] == (TINY / "model.safetensors").stat().st_size
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-TINY, TEXT = ROOT / "examples" / "tiny-mistral", ROOT / "docs" / "graph.md"
+TINY, TEXT = ROOT / "examples" / "tiny-mistral", ROOT / "examples" / "tiny-mistral" / "held-out.txt"
 LAYERS = 4
 
 Files = dict[str, bytes]

@@ -76,7 +76,7 @@ def test_a_wrong_window_shows_all_the_same(
 
 def test_float8_without_its_rounding_of_inputs(restless: Checkpoint, tmp_path: Path) -> None:
     """Its products are float16's then, and no further off than those of fp16."""
-    text = ROOT / "docs" / "graph.md"
+    text = ROOT / "examples" / "tiny-mistral" / "held-out.txt"
     folder = quantize(restless, recipe.load("fp8"), "fp8", text, tmp_path / "fp8", tokens=512, length=64)
     checkpoint = open_checkpoint(folder)
     report = verify(export(checkpoint, choose_recipe(checkpoint, None, None), tmp_path / "bundle", chunk=8), checkpoint)

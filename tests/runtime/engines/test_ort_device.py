@@ -67,6 +67,8 @@ def test_rings_stay_where_they_are_and_sessions_move(
             ring[...] = np.nan  # copies
         session.append([1])
         assert np.isfinite(session.logits).all()
+        rows.close()
+        assert rows.cache.rings.values == []  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("on_cpu")
