@@ -52,7 +52,10 @@ def tokens_of(model: Model, count: int, speculate: int = 0) -> list[int]:
 
 
 @pytest.mark.usefixtures("cuda_device")
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4-rtn"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param("fp32", marks=pytest.mark.slow), "fp16", pytest.param("int8", marks=pytest.mark.slow), "int4-rtn"],
+)
 def test_the_parity_suite_passes(bundle_of: BundleOf, checkpoint_folder: Path, tmp_path: Path, recipe: str) -> None:
     """Window edge, ring wrapped, rows of different lengths, poisoned cache: the whole of `galerne verify`."""
     bundle = built(bundle_of(recipe), tmp_path / "bundle")
