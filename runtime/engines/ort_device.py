@@ -168,8 +168,8 @@ class DeviceEngine:
         provider = self._placement.provider
         if provider not in ort.get_available_providers():
             raise BackendError(
-                f"--engine {name}: ONNX Runtime {ort.__version__} here has no {provider}; install galerne[cuda] "
-                "(onnxruntime-gpu, in place of onnxruntime), or run with `--engine portable`"
+                f"--engine {name}: ONNX Runtime {ort.__version__} here has no {provider}; `pip uninstall onnxruntime`, then "
+                "`pip install 'onnxruntime-gpu[cuda,cudnn]'`, or run with `--engine portable`"
             )
 
         def opened(more: Mapping[str, str]) -> Owned[Any]:

@@ -95,7 +95,8 @@ def test_without_the_provider_it_is_one_line(bundle_of: BundleOf) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(
-        BackendError, match=r"--engine cuda: ONNX Runtime .* has no CUDAExecutionProvider; install galerne\[cuda\]"
+        BackendError,
+        match=r"--engine cuda: ONNX Runtime .* has no CUDAExecutionProvider; `pip uninstall onnxruntime`, then",
     ):
         Model.open(bundle_of("fp32").path, "cuda")
     with pytest.raises(BackendError, match="takes no bfloat16"):
