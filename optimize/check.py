@@ -6,7 +6,7 @@ from pathlib import Path
 from galerne.errors import InputError
 from galerne.optimize.graph.uses import uses_of
 from galerne.optimize.lower.table import words_for_bytes
-from galerne.runtime.bundle import Bundle
+from galerne.runtime.bundle import GRAPH, Bundle
 from galerne.targets.operator_table import Departure, OperatorTable, Use, departures, load
 from galerne.targets.target import Stack, Target, load_all
 
@@ -69,6 +69,17 @@ def check(graph: Path, target: Target, stack: Stack) -> list[Refusal]:
             ways[kind] = _alternative(departure, by_node.get(departure.node or ""), parsers, target, stack)
         refusals.append(Refusal(departure.node, departure.operator, departure.found, departure.expected, ways[kind]))
     return refusals
+
+
+def check_graph(bundle: Bundle, target: Target, stack: Stack) -> None:
+    """Raises: InputError if the bundle's graph has an operator or a type that the stack does not take."""
+    refusals = check(bundle.file(GRAPH), target, stack)
+    if refusals:
+        more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
+        raise InputError(
+            f"{bundle.path}: {stack.name} of {target.name} does not take {refusals[0].line}{more}; "
+            f"see `galerne check --target {target.name} --stack {stack.name}`"
+        )
 
 
 def check_cache(bundle: Bundle, target: Target, stack: Stack) -> None:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from galerne.errors import InputError
+from galerne.optimize.check import check_graph
 from galerne.optimize.lower.device_slots import device_slots
 from galerne.optimize.lower.group_heads import group_heads
 from galerne.optimize.lower.narrow import narrow
@@ -13,7 +14,7 @@ from galerne.optimize.lower.short_blocks import short_blocks
 from galerne.optimize.lower.skip_norms import skip_norms
 from galerne.optimize.lower.spell_attention import spell_attention
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
-from galerne.runtime.engines.ort_cuda import ENGINE_GRAPH, LONGEST_BLOCK
+from galerne.runtime.engines.ort_cuda import ENGINE_GRAPH
 from galerne.runtime.engines.record import SCHEMA_VERSION, EngineRecord, inputs_of, parity_of
 from galerne.targets.target import Stack, Target
 
@@ -21,17 +22,11 @@ from galerne.targets.target import Stack, Target
 def build_ort_cuda(bundle: Bundle, target: Target, stack: Stack, folder: Path) -> EngineRecord:
     """Build the engine into `folder`, which exists and is empty.
 
-    Raises: InputError if the bundle computes in a type that the stack does not take, or has adapter slots, or int4 weights with
-        zero points in longer blocks than its kernel takes.
+    Raises: InputError if the bundle has a type that the stack does not take, or adapter slots.
     """
-    facts, graph = bundle.manifest.model, bundle.manifest.graph
-    if graph.compute_type not in stack.types:
-        computed = " or ".join(kind for kind in stack.types if kind.startswith("float"))
-        raise InputError(
-            f"{bundle.path}: {stack.name} of {target.name} computes in {computed}, this bundle in {graph.compute_type}; export "
-            "it with --precision fp16"
-        )
-    if graph.adapter_slots:
+    facts = bundle.manifest.model
+    check_graph(bundle, target, stack)
+    if bundle.manifest.graph.adapter_slots:
         raise InputError(
             f"{bundle.path}: {stack.name} of {target.name} takes no adapter slots; export without --adapter-slots, or run "
             "this bundle with `--engine cuda`"
@@ -43,12 +38,6 @@ def build_ort_cuda(bundle: Bundle, target: Target, stack: Stack, folder: Path) -
     skip_norms(model)
     short_blocks(model)
     device_slots(model)
-    blocks = [node.attributes["block_size"].as_int() for node in model.graph if "block_size" in node.attributes]
-    if blocks and max(blocks) > LONGEST_BLOCK:
-        raise InputError(
-            f"{bundle.path}: {stack.name} of {target.name} takes int4 with zero points in blocks of up to {LONGEST_BLOCK}, this "
-            f"bundle's are of {max(blocks)}; export it with --precision fp16"
-        )
     ir.save(model, folder / ENGINE_GRAPH)
     return EngineRecord(
         schema_version=SCHEMA_VERSION,

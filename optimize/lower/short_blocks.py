@@ -7,7 +7,7 @@ from galerne.runtime.engines.ort_cuda import LONGEST_BLOCK
 
 
 def short_blocks(model: ir.Model) -> None:
-    """Repeat the scales of longer blocks, in place: the same weights, in blocks of 128. Those with zero points stay."""
+    """Repeat the scales of longer blocks without zero points, in place: the same weights, in blocks of 128."""
     graph = model.graph
     for node in [node for node in graph if node.op_type == "DequantizeLinear" and "block_size" in node.attributes]:
         block, scale = node.attributes["block_size"].as_int(), node.inputs[1]

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from galerne.errors import InputError
 from galerne.optimize.builders.tensorrt.build_plan import NETWORK, PLAN, SCHEMA_VERSION, BuildPlan
 from galerne.optimize.builders.tensorrt.options import Options, check_options, profiles
-from galerne.optimize.check import check, check_cache
+from galerne.optimize.check import check_cache, check_graph
 from galerne.optimize.lower.tensorrt import lower
 from galerne.runtime.bundle import GRAPH, WEIGHTS, Bundle
 from galerne.runtime.engines.record import inputs_of, parity_of
@@ -43,7 +43,7 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
         model = onnx.load(str(bundle.file(GRAPH)), load_external_data=False)
     except DecodeError as exc:
         raise InputError(f"{bundle.file(GRAPH)}: not an ONNX graph ({exc}); export the bundle again") from exc
-    _check(bundle, target, stack)
+    check_graph(bundle, target, stack)
     facts = bundle.manifest.graph
     _, kinds = layer_kinds(bundle.manifest.model.layer_windows)
     lowered: dict[str, Any] = {"capacities": list(facts.capacities)}
@@ -71,14 +71,3 @@ def plan(bundle: Bundle, target: Target, stack: Stack, folder: Path, options: Op
     (folder / NETWORK).write_bytes(network)
     (folder / PLAN).write_bytes(made.to_json())
     return made
-
-
-def _check(bundle: Bundle, target: Target, stack: Stack) -> None:
-    """Refuse a graph with an operator or a type that the stack does not take, before anything is built."""
-    refusals = check(bundle.file(GRAPH), target, stack)
-    if refusals:
-        more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
-        raise InputError(
-            f"{bundle.path}: {stack.name} of {target.name} does not take {refusals[0].line}{more}; "
-            f"see `galerne check --target {target.name}`"
-        )
