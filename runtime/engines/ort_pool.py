@@ -67,8 +67,8 @@ class Pool:
     A recording belongs to the memory that it was made over, and ONNX Runtime frees none before its session ends. So rings go
     from one sequence to the next with their recordings, and have few sizes: the full one, its half, its quarter and so on.
 
-    alone: held by whoever does anything on the device, where runs are recorded. While ONNX Runtime records one, CUDA refuses
-        what other threads ask of it, and what is recorded computes in scratch memory that other runs use too.
+    alone: held by whoever does anything on the device, where runs are recorded. While ONNX Runtime records one, CUDA may
+        refuse what other threads ask of it, and what is recorded computes in scratch memory that other runs use too.
     """
 
     def __init__(self, placement: Placement, full: Sequence[int], *, recording: bool) -> None:

@@ -78,7 +78,7 @@ def test_rounded_rings(checkpoint_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cuda_device")
-def test_a_ring_grows_by_halves_of_the_full_one(bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_a_ring_grows_by_halves_of_the_full_one(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_mistral(tmp_path / "checkpoint", sliding_window=990))
     plain = export(checkpoint, recipes.load("fp32"), tmp_path / "plain", chunk=10)
     with Model.open(plain.path, "portable", exact=True) as portable:
